@@ -1,0 +1,159 @@
+"""The only place that starts a process.
+
+Children stay in our process group, so a terminal's Ctrl-C and a ``kill -9`` of the group reach them all;
+an interrupt that reaches only us takes down the child's whole tree.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from toolchain.base.errors import CommandError, FoundryError, MissingError
+
+TAIL_LINES = 20
+_WINDOW = 4096  # characters of recent output that a progress parser sees
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total)."""
+ParseProgress = Callable[[str], tuple[int, int] | None]
+"""Finds (done, total) in the most recent output, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A child that ended with status 0: its last lines and its wall time."""
+
+    output: str
+    seconds: float
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    what: str,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    parse: ParseProgress | None = None,
+    on_progress: OnProgress | None = None,
+    keep: int = 1 << 20,
+    hint: str = "",
+) -> Finished:
+    """Run ``argv`` to its end, with stdout and stderr merged.
+
+    All output goes to ``log`` (appended, behind the command line); the last ``keep`` characters are
+    returned. ``env`` is added to our environment. Raises MissingError when the program is not there or
+    the disk is full, CommandError (with the last lines, the command and the log) when it fails.
+    """
+    command = [str(part) for part in argv]
+    started = time.monotonic()
+    text = ""
+    try:
+        child = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{what}: {command[0]} is not there", evidence=str(error), hint=hint or "run `inv build`"
+        ) from error
+    except OSError as error:
+        raise CommandError(f"{what}: {command[0]} cannot be started", evidence=str(error), hint=hint) from error
+    sink = _open_log(log, command)
+    try:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        assert child.stdout is not None
+        while chunk := os.read(child.stdout.fileno(), 1 << 16):
+            if sink:
+                sink.write(chunk)
+            text = (text + decoder.decode(chunk))[-keep:]
+            if parse and on_progress and (progress := parse(text[-_WINDOW:])):
+                on_progress(*progress)
+        status = child.wait()
+    except BaseException:
+        _stop_tree(child)
+        raise
+    finally:
+        if child.stdout:
+            child.stdout.close()
+        if sink:
+            sink.close()
+    if status != 0:
+        raise _failed(what, command, status, text, log, hint)
+    return Finished(output=text, seconds=time.monotonic() - started)
+
+
+def capture(argv: Sequence[str | Path], *, what: str, cwd: Path | None = None, hint: str = "") -> str:
+    """The merged output of a short command, stripped; errors as in ``run``."""
+    return run(argv, what=what, cwd=cwd, hint=hint).output.strip()
+
+
+def shown(argv: Sequence[str | Path]) -> str:
+    """``argv`` as one line that a shell would take."""
+    return shlex.join(str(part) for part in argv)
+
+
+def _open_log(log: Path | None, command: list[str]) -> IO[bytes] | None:
+    if log is None:
+        return None
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sink = log.open("ab", buffering=0)
+    sink.write(f"$ {shown(command)}\n".encode())
+    return sink
+
+
+def _failed(
+    what: str, command: list[str], status: int, text: str, log: Path | None, hint: str
+) -> FoundryError:
+    tail = "\n".join(text.replace("\r", "\n").splitlines()[-TAIL_LINES:])
+    evidence = f"{tail}\n$ {shown(command)}" + (f"\nlog: {log}" if log else "")
+    if "No space left on device" in text:
+        return MissingError(
+            f"{what}: the disk is full",
+            evidence=evidence,
+            hint="free some space, run `inv clean`, or set FOUNDRY_HOME to a larger disk",
+        )
+    if status < 0:
+        name = signal.Signals(-status).name
+        why = " (out of memory?)" if -status == signal.SIGKILL else ""
+        ended = f"was ended by {name}{why}"
+    else:
+        ended = f"ended with status {status}"
+    return CommandError(f"{what}: {Path(command[0]).name} {ended}", evidence=evidence, hint=hint)
+
+
+def _stop_tree(child: subprocess.Popen[bytes]) -> None:
+    """SIGINT to the child's tree, five seconds of grace, then SIGKILL to what is left."""
+    try:
+        root = psutil.Process(child.pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        child.wait()
+        return
+    for process in family:
+        try:
+            process.send_signal(signal.SIGINT)
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    child.wait()

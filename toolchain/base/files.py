@@ -1,0 +1,225 @@
+"""Project directories, locks, atomic promotion, hashing and guarded deletion.
+
+Whatever can be rebuilt lives under FOUNDRY_HOME; results go to ``models/<recipe name>/`` in the project.
+A file or folder is made beside its final name and renamed into place when it is whole and on disk, so a
+kill at any moment leaves either the finished thing or nothing that looks like it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from toolchain.base.errors import FoundryError, MissingError
+
+PARTIAL = ".partial-"
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def foundry_home() -> Path:
+    """FOUNDRY_HOME, else ``llama-foundry`` in the user's cache directory."""
+    if named := os.environ.get("FOUNDRY_HOME"):
+        return Path(named).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "llama-foundry"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "llama-foundry"
+
+
+def home_dir(name: str) -> Path:
+    """``FOUNDRY_HOME/name``, made when missing. Names in use: sources toolchains hub work logs tune."""
+    path = foundry_home() / name
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on ``path``; the kernel lets go of it when the holder dies.
+
+    ``on_wait`` is told the holder's process id when the lock is taken already.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            if on_wait:
+                on_wait(handle.read().strip() or "unknown")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A fresh path beside ``final`` for a file or folder; renamed to ``final`` when the body succeeds.
+
+    What an earlier, killed attempt left for the same name is removed first. Call it under a lock when
+    two processes can make the same thing.
+    """
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for stale in final.parent.glob(f"{PARTIAL}*-{final.name}"):
+            remove(stale, within=final.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, suffix=f"-{final.name}", dir=final.parent))
+        partial = scratch / final.name
+        try:
+            yield partial
+            promote(partial, final)
+        finally:
+            remove(scratch, within=final.parent)
+
+
+def promote(partial: Path, final: Path) -> None:
+    """Bring ``partial`` to disk and rename it to ``final``; the rename is the moment it exists."""
+    for path in (partial, *partial.rglob("*")) if partial.is_dir() else (partial,):
+        if path.is_file() and not path.is_symlink():
+            _fsync(path)
+    if partial.is_dir() and final.exists():
+        remove(final, within=final.parent)
+    partial.replace(final)
+    _fsync(final.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` to ``path`` in one atomic step."""
+    with staged(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> object | None:
+    """The JSON in ``path``; None when it is missing or unreadable (it is then made again)."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(value: object) -> str:
+    """Hex SHA-256 of ``value`` as canonical JSON: the identity of a request or a step."""
+    return sha256_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
+
+
+def known_sha256(path: Path) -> str:
+    """SHA-256 of ``path``, remembered by its inode, size and mtime: a 26 GB file is hashed once."""
+    stat = path.stat()
+    seen = [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    note = home_dir("work") / "digests" / f"{sha256_text(str(path.resolve()))[:32]}.json"
+    match read_json(note):
+        case {"seen": known, "sha256": str(value)} if known == seen:
+            return value
+    value = sha256_file(path)
+    write_json(note, {"path": str(path), "seen": seen, "sha256": value})
+    return value
+
+
+def tree_digest(root: Path, *, skip: frozenset[str] = frozenset({".git"})) -> str:
+    """Digest of a folder: relative names, modes that matter, and contents of its files.
+
+    Folders named in ``skip`` are passed over at every depth; a symbolic link counts by its target.
+    """
+    total = hashlib.sha256()
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in skip)
+        for name in sorted(names):
+            path = Path(folder) / name
+            if path.is_symlink():
+                content = f"link:{os.readlink(path)}"
+            elif path.is_file():
+                content = sha256_file(path)
+            else:
+                continue
+            total.update(f"{path.relative_to(root)}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all regular files below ``root``."""
+    return sum(p.stat().st_size for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def remove(path: Path, *, within: Path) -> None:
+    """Delete a file or folder that lies below ``within``; anything else is refused."""
+    target = path.absolute()
+    if within.absolute() not in target.parents:
+        raise ValueError(f"refusing to delete {target}: not below {within}")
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target, ignore_errors=True)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def require_free(path: Path, needed_bytes: int, what: str) -> None:
+    """Raise MissingError when the file system of ``path`` has less than ``needed_bytes`` free."""
+    probe = path
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed_bytes:
+        raise MissingError(
+            f"not enough disk space for {what}",
+            evidence=f"{probe}: {free / 2**30:.2f} GiB free, about {needed_bytes / 2**30:.2f} GiB needed",
+            hint="free some space, run `inv clean`, or set FOUNDRY_HOME to a larger disk",
+        )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's disk errors into MissingError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if translated := disk_error(error, path):
+            raise translated from error
+        raise
+
+
+def disk_error(error: OSError, path: Path) -> FoundryError | None:
+    """The MissingError for a full, read-only or forbidden disk; None for any other error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MissingError(
+            f"the disk is full while writing {path}",
+            evidence=str(error),
+            hint="free some space, run `inv clean`, or set FOUNDRY_HOME to a larger disk",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MissingError(
+            f"no permission to write {path}",
+            evidence=str(error),
+            hint="set FOUNDRY_HOME to a directory of yours",
+        )
+    return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

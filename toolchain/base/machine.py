@@ -1,0 +1,229 @@
+"""What this machine has: CPUs that we may use, memory, compilers, GPUs.
+
+Everything is read from files (cgroup v1 and v2, /proc, /sys), below a root that tests can replace; no
+process is started except once per compiler, for its version.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from toolchain.base import command, files
+from toolchain.base.errors import MissingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiler:
+    """A C or C++ compiler: where it is and the first line of what it says of itself."""
+
+    path: Path
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine as a process on it may use it.
+
+    ``cpus`` counts logical CPUs in our affinity mask, ``cores`` the physical cores behind them,
+    ``quota`` the CPUs' worth of time that the cgroup grants (None: no limit). ``ram_bytes`` is the smaller of
+    physical memory and the cgroup's limit; ``available_bytes`` what of it is free now.
+    """
+
+    system: str
+    arch: str
+    cpu_model: str
+    cpu_flags: frozenset[str] = field(repr=False)
+    cpus: int
+    cores: int
+    quota: float | None
+    ram_bytes: int
+    available_bytes: int
+    gpus: tuple[str, ...]
+
+    @property
+    def usable_cpus(self) -> int:
+        """Logical CPUs that can be busy at once: affinity and quota, the quota rounded down, at least 1."""
+        return self.cpus if self.quota is None else max(1, min(self.cpus, int(self.quota)))
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads for token generation: one per physical core, within affinity and quota.
+
+        A second hyper-thread of a core shares its vector units and slows generation down
+        (llama.cpp discussion 572 and its own default count physical cores for the same reason).
+        """
+        return max(1, min(self.cores, self.usable_cpus))
+
+
+def probe(root: Path = Path("/")) -> Machine:
+    """Read the machine. ``root`` stands for ``/``: tests lay out a machine of their own there."""
+    mask = _affinity(root)
+    model, flags = _cpu_model(root)
+    total, available = _memory(root)
+    limit, used = _memory_limit(root)
+    if limit is not None and limit < total:
+        total, available = limit, min(available, max(0, limit - used))
+    return Machine(
+        system=platform.system(),
+        arch=platform.machine(),
+        cpu_model=model,
+        cpu_flags=flags,
+        cpus=len(mask),
+        cores=_physical_cores(root, mask),
+        quota=_cpu_quota(root),
+        ram_bytes=total,
+        available_bytes=available,
+        gpus=_gpus(root),
+    )
+
+
+def find_compiler(language: str) -> Compiler:
+    """The C (``c``) or C++ (``c++``) compiler that cmake would take: CC or CXX, else the usual names.
+
+    The version is asked of the compiler once and remembered by its file's size and mtime. Raises
+    MissingError when there is none.
+    """
+    variable, names = ("CC", ("cc", "gcc", "clang")) if language == "c" else ("CXX", ("c++", "g++", "clang++"))
+    named = os.environ.get(variable)
+    for name in (named,) if named else names:
+        if found := shutil.which(name):
+            return Compiler(path=Path(found), version=_compiler_version(Path(found)))
+    raise MissingError(
+        f"no {language.upper()} compiler",
+        evidence=f"{variable}={named}: not found" if named else f"looked on PATH for: {', '.join(names)}",
+        hint="install one: `apt-get install build-essential` (Debian), `dnf install gcc-c++` (Fedora), "
+        "`xcode-select --install` (macOS)",
+    )
+
+
+def _compiler_version(path: Path) -> str:
+    real = path.resolve()
+    stat = real.stat()
+    seen = [str(real), stat.st_size, stat.st_mtime_ns]
+    note = files.home_dir("work") / "compilers" / f"{files.digest(seen)[:32]}.json"
+    match files.read_json(note):
+        case {"version": str(version)}:
+            return version
+    said = command.capture([path, "--version"], what="asking the compiler's version").splitlines()
+    version = said[0].strip() if said else "unknown"
+    files.write_json(note, {"seen": seen, "version": version})
+    return version
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _affinity(root: Path) -> frozenset[int]:
+    listed = re.search(r"^Cpus_allowed_list:\s*(\S+)", _read(root / "proc/self/status"), re.MULTILINE)
+    if listed:
+        return _cpu_list(listed[1])
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def _cpu_list(text: str) -> frozenset[int]:
+    """The kernel's list form, ``0-3,8``."""
+    cpus: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return frozenset(cpus)
+
+
+def _physical_cores(root: Path, mask: frozenset[int]) -> int:
+    cores: set[str] = set()
+    for cpu in mask:
+        siblings = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings or str(cpu))
+    if root == Path("/") and not Path("/sys/devices/system/cpu").exists():
+        return psutil.cpu_count(logical=False) or len(mask)
+    return max(1, len(cores))
+
+
+def _cgroup_dirs(root: Path, controller: str) -> list[tuple[int, Path]]:
+    """(cgroup version, folder) for our group and each group above it, innermost first."""
+    found: list[tuple[int, Path]] = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, controllers, inner = (line.split(":", 2) + ["", ""])[:3]
+        if number == "0" and not controllers:
+            version, mount = 2, root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            version, mount = 1, root / "sys/fs/cgroup" / controller
+            if not mount.exists():
+                mount = root / "sys/fs/cgroup" / controllers
+        else:
+            continue
+        folder = mount / inner.lstrip("/")
+        # In a container the path may name a group of the host that is not mounted here.
+        while folder != mount and not folder.exists():
+            folder = folder.parent
+        while True:
+            found.append((version, folder))
+            if folder == mount:
+                break
+            folder = folder.parent
+    return found
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """CPUs granted by the tightest cgroup on our path: v2 ``cpu.max``, v1 ``cpu.cfs_quota_us``."""
+    quotas: list[float] = []
+    for version, folder in _cgroup_dirs(root, "cpu"):
+        if version == 2:
+            quota, _, period = _read(folder / "cpu.max").partition(" ")
+        else:
+            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _memory_limit(root: Path) -> tuple[int | None, int]:
+    """(limit, used) in bytes of the tightest memory cgroup on our path; (None, 0) without one."""
+    tightest: tuple[int | None, int] = (None, 0)
+    for version, folder in _cgroup_dirs(root, "memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = _read(folder / names[0]), _read(folder / names[1])
+        if limit.isdigit() and (tightest[0] is None or int(limit) < tightest[0]):
+            tightest = (int(limit), int(used) if used.isdigit() else 0)
+    return tightest
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    """(total, available) in bytes."""
+    text = _read(root / "proc/meminfo")
+    total = re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    if total and available:
+        return int(total[1]) * 1024, int(available[1]) * 1024
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def _cpu_model(root: Path) -> tuple[str, frozenset[str]]:
+    text = _read(root / "proc/cpuinfo")
+    model = re.search(r"^(?:model name|Model|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return (
+        model[1].strip() if model else platform.processor() or platform.machine(),
+        frozenset(flags[1].split()) if flags else frozenset(),
+    )
+
+
+def _gpus(root: Path) -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs that the kernel driver shows."""
+    names = []
+    for info in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        model = re.search(r"^Model:\s*(.+)$", _read(info), re.MULTILINE)
+        names.append(model[1].strip() if model else "NVIDIA GPU")
+    return tuple(names)
