@@ -94,7 +94,7 @@ def run(
         if sink:
             sink.close()
     if status != 0:
-        raise _failed(what, command, status, text, log, hint)
+        raise _failed(what, command, status, text=text, log=log, hint=hint)
     return Finished(output=text, seconds=time.monotonic() - started)
 
 
@@ -117,9 +117,7 @@ def _open_log(log: Path | None, command: list[str]) -> IO[bytes] | None:
     return sink
 
 
-def _failed(
-    what: str, command: list[str], status: int, text: str, log: Path | None, hint: str
-) -> FoundryError:
+def _failed(what: str, command: list[str], status: int, *, text: str, log: Path | None, hint: str) -> FoundryError:
     tail = "\n".join(text.replace("\r", "\n").splitlines()[-TAIL_LINES:])
     evidence = f"{tail}\n$ {shown(command)}" + (f"\nlog: {log}" if log else "")
     if "No space left on device" in text:

@@ -108,17 +108,13 @@ def failure(error: FoundryError) -> None:
 
 def format_bytes(count: float) -> str:
     """Binary units, three significant figures: ``4.88 MiB``."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
             break
-        value /= 1024
-    else:
-        unit = "TiB"
-    if unit == "B":
-        return f"{int(value)} B"
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{digits}f} {unit}"
+        size /= 1024
+    digits = 0 if unit == "B" or size >= 100 else 1 if size >= 10 else 2
+    return f"{size:.{digits}f} {unit}"
 
 
 @contextmanager

@@ -88,11 +88,12 @@ def staged(final: Path) -> Iterator[Path]:
 
 def promote(partial: Path, final: Path) -> None:
     """Bring ``partial`` to disk and rename it to ``final``; the rename is the moment it exists."""
-    for path in (partial, *partial.rglob("*")) if partial.is_dir() else (partial,):
-        if path.is_file() and not path.is_symlink():
-            _fsync(path)
-    if partial.is_dir() and final.exists():
-        remove(final, within=final.parent)
+    if partial.is_dir():
+        os.sync()  # one for the whole folder: a source tree has thousands of files
+        if final.exists():
+            remove(final, within=final.parent)
+    else:
+        _fsync(partial)
     partial.replace(final)
     _fsync(final.parent)
 
@@ -103,10 +104,11 @@ def write_json(path: Path, value: object) -> None:
         partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> object | None:
+def read_json(path: Path) -> object:
     """The JSON in ``path``; None when it is missing or unreadable (it is then made again)."""
     try:
-        return json.loads(path.read_text())
+        value: object = json.loads(path.read_text())
+        return value
     except (OSError, ValueError):
         return None
 

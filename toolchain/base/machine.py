@@ -154,7 +154,7 @@ def _cgroup_dirs(root: Path, controller: str) -> list[tuple[int, Path]]:
     """(cgroup version, folder) for our group and each group above it, innermost first."""
     found: list[tuple[int, Path]] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, inner = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, inner = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             version, mount = 2, root / "sys/fs/cgroup"
         elif controller in controllers.split(","):

@@ -1,0 +1,186 @@
+"""Source archives of llama-cpp-python from the package index: found, hashed, unpacked safely."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.base import files
+from toolchain.base.command import OnProgress
+from toolchain.base.errors import FetchError, FoundryError
+from toolchain.build.pin import SourcePin, SourceTree, locate, record, recorded
+
+if TYPE_CHECKING:
+    from unearth import PackageFinder
+
+# SHA-256 of the archives that this project is tested with; another version is taken with
+# `#sha256=...` behind its pin, or on the word of the index.
+KNOWN_SHA256 = {
+    "llama-cpp-python==0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+    "llama-cpp-python==0.2.57": "bd81dbc4bc03b7deca3be0496330705d4c53bba726f7c3a47d556c7ec2452304",
+}
+
+MAX_MEMBERS = 50_000
+MAX_UNPACKED_BYTES = 4 << 30
+
+
+def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
+    """The archive's tree; see ``source.fetch_source``."""
+    expected = pin.sha256 or KNOWN_SHA256.get(f"{pin.name}=={pin.ref}")
+    if expected and (tree := recorded(_folder(pin, expected))):
+        return tree
+    from unearth import PackageFinder
+
+    requirement = f"{pin.name}=={pin.ref}"
+    try:
+        finder = PackageFinder(index_urls=_index_urls(), no_binary=[pin.name], ignore_compatibility=True)
+        best = finder.find_best_match(requirement).best
+        if best is None or best.link.is_wheel:
+            raise FetchError(
+                f"no source archive of {requirement} in the package index",
+                hint="check the name and version, or your pip index configuration (`pip config list`)",
+            )
+        stated = (best.link.hashes or {}).get("sha256")
+        expected = expected or stated
+        final = _folder(pin, expected or "unstated")
+        with files.locked(final.with_name(final.name + ".lock")):
+            if tree := recorded(final):
+                return tree
+            files.require_free(final, 1 << 30, f"the source of {requirement}")
+            with files.staged(final) as partial:
+                partial.mkdir()
+                archive = partial / best.link.filename
+                found = _download(finder, best.link.normalized, archive, on_progress)
+                if found != expected:
+                    raise FetchError(
+                        f"{best.link.filename} has the wrong hash",
+                        evidence=f"expected sha256 {expected}\nfound    sha256 {found}",
+                        hint="the archive was changed or the download damaged: try again, and if it stays so, "
+                        "do not use that index",
+                    )
+                commit = unpack(archive, partial)
+                archive.unlink()
+                llama, bindings = locate(partial, str(pin))
+                tree = SourceTree(
+                    pin=str(pin),
+                    llama=llama,
+                    bindings=bindings,
+                    digest=found,
+                    commit=commit or f"sdist-{found[:12]}",
+                )
+                record(partial, tree)
+    except (FoundryError, KeyboardInterrupt):
+        raise
+    except OSError as error:
+        raise files.disk_error(error, files.home_dir("sources")) or _unreachable(requirement, error) from error
+    except Exception as error:  # the client library's own errors have no common root
+        raise _unreachable(requirement, error) from error
+    done = recorded(final)
+    assert done is not None
+    return done
+
+
+def _unreachable(requirement: str, error: Exception) -> FetchError:
+    return FetchError(
+        f"cannot fetch the source of {requirement}",
+        evidence=f"{type(error).__name__}: {error}",
+        hint="check the network and pip's index configuration, or build from path:DIR",
+    )
+
+
+def _index_urls() -> list[str]:
+    """The package index as pip is configured here; else pip's own default."""
+    from pip._internal.configuration import Configuration
+    from pip._internal.models.index import PyPI
+
+    configuration = Configuration(isolated=False)
+    configuration.load()
+    values = dict(configuration.items())
+    extra: list[str] = []
+    index = PyPI.simple_url
+    for key in ("global", "install", "download", ":env:"):
+        index = values.get(f"{key}.index-url", index)
+        extra += values.get(f"{key}.extra-index-url", "").split()
+    return [index, *extra]
+
+
+def _download(finder: PackageFinder, url: str, target: Path, on_progress: OnProgress | None) -> str:
+    """Stream ``url`` into ``target``; its SHA-256."""
+    total = hashlib.sha256()
+    done = 0
+    with finder.session.get_stream(url) as response, target.open("wb") as sink:
+        response.raise_for_status()
+        size = int(response.headers.get("content-length") or 0)
+        for chunk in response.iter_bytes():
+            sink.write(chunk)
+            total.update(chunk)
+            done += len(chunk)
+            if on_progress and size:
+                on_progress(done, size)
+    return total.hexdigest()
+
+
+def unpack(archive: Path, into: Path) -> str:
+    """Unpack a ``.tar.gz`` below ``into``, without its outer folder; llama.cpp's commit if it tells.
+
+    Refuses absolute names, ``..``, links that lead outside, devices and bombs (FetchError) before a byte of
+    them is written. The archive's own ``.git`` is read for the commit and not unpacked: its hooks and
+    configuration are not ours to run.
+    """
+    commit = ""
+    unpacked = 0
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for count, member in enumerate(tar):
+                parts = Path(member.name).parts
+                unpacked += member.size
+                if count > MAX_MEMBERS or unpacked > MAX_UNPACKED_BYTES:
+                    raise _unsafe(archive, member.name, "the archive unpacks to more than any source does")
+                if why := _unsafe_member(member):
+                    raise _unsafe(archive, member.name, why)
+                inner = parts[1:]
+                if ".git" in inner:
+                    if inner[-4:] == ("modules", "vendor", "llama.cpp", "HEAD") and (head := tar.extractfile(member)):
+                        commit = head.read(64).decode(errors="replace").strip()
+                    continue
+                if not inner:
+                    continue
+                member.name = str(Path(*inner))
+                if sys.version_info >= (3, 11, 4):
+                    tar.extract(member, into, filter="data")
+                else:
+                    tar.extract(member, into, set_attrs=False)
+    except (tarfile.TarError, EOFError) as error:
+        raise FetchError(f"{archive.name} cannot be unpacked", evidence=str(error), hint="fetch it again") from error
+    return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else ""
+
+
+def _unsafe_member(member: tarfile.TarInfo) -> str:
+    parts = Path(member.name).parts
+    if member.name.startswith("/") or ".." in parts:
+        return "its name leads outside"
+    if not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+        return "it is neither file, folder nor link"
+    if member.issym() or member.islnk():
+        base = Path(*parts[:-1]) if member.issym() else Path()
+        depth = 0
+        for part in (base / member.linkname).parts:
+            depth += -1 if part == ".." else 1
+            # the outer folder is stripped, so a link may not climb above it
+            if part == "/" or depth < 1:
+                return f"it links outside, to {member.linkname}"
+    return ""
+
+
+def _unsafe(archive: Path, name: str, why: str) -> FetchError:
+    return FetchError(
+        f"{archive.name} is not safe to unpack", evidence=f"{name}: {why}", hint="do not use that archive"
+    )
+
+
+def _folder(pin: SourcePin, sha256: str) -> Path:
+    return files.home_dir("sources") / f"sdist-{pin.name}-{pin.ref}-{sha256[:12]}"
