@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def run(
     *,
     what: str,
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     log: Path | None = None,
     parse: ParseProgress | None = None,
     on_progress: OnProgress | None = None,
@@ -53,8 +54,8 @@ def run(
     """Run ``argv`` to its end, with stdout and stderr merged.
 
     All output goes to ``log`` (appended, behind the command line); the last ``keep`` characters are
-    returned. ``env`` is added to our environment. Raises MissingError when the program is not there or
-    the disk is full, CommandError (with the last lines, the command and the log) when it fails.
+    returned. ``env`` is added to our environment (None takes a variable away). Raises MissingError when
+    the program is not there or the disk is full, CommandError (with the last lines, the command and the log) when it fails.
     """
     command = [str(part) for part in argv]
     started = time.monotonic()
@@ -63,7 +64,7 @@ def run(
         child = subprocess.Popen(
             command,
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env=_environment(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -103,9 +104,33 @@ def capture(argv: Sequence[str | Path], *, what: str, cwd: Path | None = None, h
     return run(argv, what=what, cwd=cwd, hint=hint).output.strip()
 
 
+def attach(argv: Sequence[str | Path], *, what: str) -> None:
+    """Run ``argv`` on our own terminal, its stdout on ours; CommandError when it fails."""
+    command = [str(part) for part in argv]
+    child = subprocess.Popen(command)
+    try:
+        status = child.wait()
+    except BaseException:
+        _stop_tree(child)
+        raise
+    if status != 0:
+        raise _failed(what, command, status, text="", log=None, hint="")
+
+
 def shown(argv: Sequence[str | Path]) -> str:
     """``argv`` as one line that a shell would take."""
     return shlex.join(str(part) for part in argv)
+
+
+def parse_counter(recent: str) -> tuple[int, int] | None:
+    """The last ``[n/m]``, as ninja, llama-quantize and the demo model's training print it."""
+    found = re.findall(r"\[\s*(\d+)\s*/\s*(\d+)\]", recent)
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
+def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in changes}
+    return kept | {name: value for name, value in changes.items() if value is not None}
 
 
 def _open_log(log: Path | None, command: list[str]) -> IO[bytes] | None:

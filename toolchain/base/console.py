@@ -76,8 +76,11 @@ def answer_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def step(title: str) -> Iterator[Step]:
-    """Show ``title`` as running; end with its mark and seconds, also when the body raises."""
+def step(title: str, *, quiet_s: float = 0.0) -> Iterator[Step]:
+    """Show ``title`` as running; end with its mark and seconds, also when the body raises.
+
+    A success within ``quiet_s`` seconds leaves no line: it had nothing to do.
+    """
     current = Step(title)
     console = story()
     started = time.monotonic()
@@ -87,7 +90,8 @@ def step(title: str) -> Iterator[Step]:
     except BaseException:
         _close(console, "[red]✗[/red]", current, started)
         raise
-    _close(console, "[green]✓[/green]", current, started)
+    if time.monotonic() - started >= quiet_s:
+        _close(console, "[green]✓[/green]", current, started)
 
 
 def skipped(title: str, why: str) -> None:

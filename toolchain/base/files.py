@@ -67,8 +67,8 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
 
 
 @contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """A fresh path beside ``final`` for a file or folder; renamed to ``final`` when the body succeeds.
+def staging(final: Path) -> Iterator[Path]:
+    """A fresh path beside ``final`` for a file or folder to be promoted; taken away at the end.
 
     What an earlier, killed attempt left for the same name is removed first. Call it under a lock when
     two processes can make the same thing.
@@ -78,12 +78,18 @@ def staged(final: Path) -> Iterator[Path]:
         for stale in final.parent.glob(f"{PARTIAL}*-{final.name}"):
             remove(stale, within=final.parent)
         scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, suffix=f"-{final.name}", dir=final.parent))
-        partial = scratch / final.name
         try:
-            yield partial
-            promote(partial, final)
+            yield scratch / final.name
         finally:
             remove(scratch, within=final.parent)
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """As ``staging``, and promoted to ``final`` when the body succeeds."""
+    with staging(final) as partial:
+        yield partial
+        promote(partial, final)
 
 
 def promote(partial: Path, final: Path) -> None:

@@ -1,0 +1,159 @@
+"""What the user typed -> a GGUF file: a path, or a recipe whose result lies in ``models/<name>/``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from runtime.settings import near_miss
+from toolchain.base import files
+from toolchain.base.errors import ArtifactError, UsageError
+
+_RECIPE: Final = re.compile(r"(?P<path>.+\.ya?ml)(?::(?P<type>[^:]*))?$")
+_NAME: Final = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(?::(?P<type>[^:/]*))?$")
+_HUB: Final = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?::(?P<type>[^:/]+))?$")
+_LISTED: Final = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The file to load, and of a recipe's result its name, its type and the recipe's ``runtime`` block."""
+
+    path: Path
+    recipe: str | None = None
+    type: str | None = None
+    runtime: Mapping[str, object] = field(default_factory=dict)
+
+
+def resolve(typed: str, *, root: Path = files.PROJECT_ROOT) -> Resolved:
+    """The file that ``typed`` means. ``root`` is the project, whose ``models/`` holds the results.
+
+    A path wins over a recipe's name. Raises UsageError with a next step when there is no such file, and
+    ArtifactError when a recipe's result is not what its manifest says.
+    """
+    path = Path(typed).expanduser()
+    if match := _RECIPE.fullmatch(typed):
+        recipe = _find_recipe(Path(match["path"]).expanduser(), root)
+        return _result(_recipe_name(recipe), match["type"], root, quantize=_shown(recipe, root))
+    if path.is_dir():
+        raise _is_directory(path)
+    if path.exists():
+        return Resolved(path=path)
+    if (named := _NAME.fullmatch(typed)) and (root / "models" / named["name"] / "manifest.json").exists():
+        return _result(named["name"], named["type"], root, quantize=f"recipes/{named['name']}.yaml")
+    if path.suffix != ".gguf" and (hub := _HUB.fullmatch(typed)) and not Path(typed).parent.is_dir():
+        raise _is_hub(hub["repo"], hub["type"])
+    if named and (root / "recipes" / f"{named['name']}.yaml").exists():
+        raise _not_quantized(named["name"], f"recipes/{named['name']}.yaml")
+    raise _no_file(path, root)
+
+
+def _find_recipe(path: Path, root: Path) -> Path:
+    for candidate in (path, root / path):
+        if candidate.is_file():
+            return candidate
+    known = [_shown(p, root) for p in sorted((root / "recipes").glob("*.yaml"))]
+    raise UsageError(
+        f"no recipe {path}",
+        evidence=f"recipes: {', '.join(known)}" if known else "",
+        hint=near_miss(str(path), known) or "name a file in recipes/",
+    )
+
+
+def _recipe_name(recipe: Path) -> str:
+    try:
+        content = yaml.safe_load(recipe.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{recipe} cannot be read as a recipe", evidence=str(error)) from error
+    match content:
+        case {"name": str(name)} if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            return name
+    raise UsageError(f"{recipe} has no usable name", hint="a recipe begins with `name: my-model`")
+
+
+def _result(name: str, type_: str | None, root: Path, *, quantize: str) -> Resolved:
+    folder = root / "models" / name
+    content = files.read_json(folder / "manifest.json")
+    if content is None:
+        raise _not_quantized(name, quantize)
+    again = f"`./inv quantize {quantize}`"
+    artifacts = _artifacts(content)
+    if not artifacts:
+        raise ArtifactError(f"{folder / 'manifest.json'} lists no artifact", hint=f"make it again: {again}")
+    types = [str(artifact["type"]) for artifact in artifacts]
+    wanted = type_ or types[0]
+    chosen = next((a for a in artifacts if str(a["type"]).lower() == wanted.lower()), None)
+    if chosen is None:
+        raise UsageError(
+            f"{name} has no {wanted}",
+            evidence=f"there are: {', '.join(types)}",
+            hint=near_miss(wanted.upper(), types) or f"{name}:{types[0]}, or add the type to {quantize}",
+        )
+    path = folder / Path(str(chosen["file"])).name
+    if not path.is_file():
+        raise UsageError(f"{path} is gone", evidence=f"the manifest of {name} lists it", hint=f"make it again: {again}")
+    size, promised = path.stat().st_size, chosen.get("bytes")
+    if isinstance(promised, int) and size != promised:
+        raise ArtifactError(
+            f"{path.name} is not the file its manifest lists",
+            evidence=f"{size} bytes, the manifest says {promised}",
+            hint=f"make it again: {again}",
+        )
+    runtime = content.get("runtime") if isinstance(content, dict) else None
+    return Resolved(
+        path=path, recipe=name, type=str(chosen["type"]), runtime=runtime if isinstance(runtime, dict) else {}
+    )
+
+
+def _artifacts(content: object) -> list[dict[str, object]]:
+    match content:
+        case {"artifacts": list(items)}:
+            return [item for item in items if isinstance(item, dict) and "type" in item and "file" in item]
+    return []
+
+
+def _shown(path: Path, root: Path) -> str:
+    """The path as one would type it in the project."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(root)) if absolute.is_relative_to(root) else str(path)
+
+
+def _not_quantized(name: str, recipe: str) -> UsageError:
+    return UsageError(f"the recipe {name} has no result yet", hint=f"make it: `./inv quantize {recipe}`")
+
+
+def _is_directory(path: Path) -> UsageError:
+    found = sorted(p.name for p in path.glob("*.gguf"))
+    return UsageError(
+        f"{path} is a directory",
+        evidence="\n".join(found[:_LISTED]),
+        hint=f"name the file: {path / found[0]}" if found else "name a .gguf file",
+    )
+
+
+def _is_hub(repo: str, type_: str | None) -> UsageError:
+    name = repo.partition("/")[2].lower()
+    return UsageError(
+        f"{repo} is a hub repository; those are quantized through a recipe first",
+        evidence=f"recipes/{name}.yaml:\n  name: {name}\n  model: {{hub: {repo}}}\n  quantize: [{type_ or 'Q4_K_M'}]",
+        hint=f"write that file, then `./inv quantize recipes/{name}.yaml`",
+    )
+
+
+def _no_file(path: Path, root: Path) -> UsageError:
+    folder = path.parent
+    beside = sorted(p.name for p in folder.glob("*.gguf")) if folder.is_dir() else []
+    made = sorted(p.parent.name for p in (root / "models").glob("*/manifest.json"))
+    evidence = f"no directory {folder}" if not folder.is_dir() else f"{folder} holds: {', '.join(beside[:_LISTED])}"
+    if made:
+        evidence += f"\nrecipes with a result: {', '.join(made[:_LISTED])}"
+    return UsageError(
+        f"no file {path}",
+        evidence=evidence if beside or made or not folder.is_dir() else f"no .gguf file in {folder}",
+        hint=near_miss(path.name, (*beside, *made)) or "name a .gguf file or a recipe",
+    )

@@ -1,0 +1,161 @@
+"""The tasks of `inv`. A body parses, calls one verb, reports; the work is in toolchain/ and runtime/."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.tasks import task
+
+from toolchain.base import command, console, files
+from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, UsageError
+
+DEMO_RECIPE = "recipes/demo.yaml"
+TIERS = ("unit", "build", "e2e", "fault", "gpu")
+
+
+def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    """An invoke task whose errors end as the exit codes of ``toolchain.base.errors``."""
+
+    def decorate(body: Callable[..., None]) -> Any:
+        @task(**options)
+        @functools.wraps(body)
+        def run(*args: Any, **kwargs: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                body(*args, **kwargs)
+            except FoundryError as error:
+                console.failure(error)
+                sys.exit(error.exit_code)
+            except KeyboardInterrupt:
+                console.warn("interrupted; what was finished is kept, and the same command goes on from there")
+                sys.exit(INTERRUPTED_EXIT_CODE)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
+
+        return run
+
+    return decorate
+
+
+@foundry_task(
+    iterable=["define"],
+    help={
+        "source": "sdist:NAME==VERSION, git:URL@REF or path:DIR",
+        "define": "an option for cmake, NAME=VALUE; repeatable",
+        "jobs": "compilers at once (default: from CPU quota and memory)",
+        "update": "ask again what a git branch or tag stands for",
+        "no-use": "build it beside the current one and leave that in use",
+        "dry-run": "say what would be built",
+        "json": "one JSON object on stdout",
+    },
+)
+def build(
+    c: Context,
+    source: str | None = None,
+    define: Sequence[str] = (),
+    jobs: str | None = None,
+    update: bool = False,
+    no_use: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Fetch and compile llama.cpp once; package and prove the Python bindings on it."""
+    from toolchain.build import verbs
+
+    request = verbs.request(source=source, defines=define, jobs=jobs, update=update)
+    if dry_run:
+        verbs.show_configuration(request, as_json=json)
+    else:
+        verbs.build_and_use(request, use=not no_use, as_json=json)
+
+
+@foundry_task(positional=["toolchain_id"], help={"toolchain-id": "the id, or enough of its beginning"})
+def use(c: Context, toolchain_id: str) -> None:
+    """Make another finished toolchain the current one."""
+    from toolchain.build import verbs
+
+    verbs.use(toolchain_id)
+
+
+@foundry_task(
+    positional=["recipe"],
+    help={
+        "recipe": "the recipe file",
+        "dry-run": "print steps, commands, bytes and peak disk",
+        "update": "ask the hub again what the revision stands for",
+        "json": "one JSON object on stdout",
+    },
+)
+def quantize(c: Context, recipe: str, dry_run: bool = False, update: bool = False, json: bool = False) -> None:
+    """Make the files that a recipe promises: fetch, convert, quantize, evaluate."""
+    from toolchain.pipeline import verbs
+
+    if dry_run:
+        verbs.show_plan(Path(recipe), update=update, as_json=json)
+    else:
+        verbs.quantize(Path(recipe), update=update, as_json=json)
+
+
+@foundry_task(positional=["file"], help={"file": "a GGUF that `inv quantize` made"})
+def verify(c: Context, file: str) -> None:
+    """Check a made GGUF: header, size and SHA-256 against its sidecar."""
+    from toolchain.pipeline import provenance
+
+    noted = provenance.verify(Path(file))
+    console.answer(f"{file}: sound, sha256 {noted['sha256']}")
+
+
+@foundry_task(help={"prompt": "what to say to the model"})
+def demo(c: Context, prompt: str = "The import statement") -> None:
+    """From nothing to text: build, make a small model, quantize it, judge it, let it talk."""
+    from toolchain.build import verbs as build_verbs
+    from toolchain.pipeline import verbs
+
+    build_verbs.build_and_use(build_verbs.request(), use=True, quiet=True)
+    verbs.quantize(Path(DEMO_RECIPE))
+    argv = (sys.executable, "-m", "runtime", "complete", DEMO_RECIPE, "-p", prompt, "-n", "64", "--seed", "1")
+    console.say(f"$ python {command.shown(argv[1:])}")
+    command.attach(argv, what="generating text")
+
+
+@foundry_task(help={"toolchains": "also all toolchains but the current one", "all": "everything under FOUNDRY_HOME"})
+def clean(c: Context, toolchains: bool = False, all: bool = False) -> None:
+    """Delete what can be rebuilt: intermediate files and logs; results in models/ stay."""
+    from toolchain.build import verbs
+
+    verbs.clean(toolchains=toolchains, everything=all)
+
+
+@foundry_task(name="test", help={"tier": "unit, build, e2e, fault or gpu (default: all but gpu)", "k": "pytest's -k"})
+def test_(c: Context, tier: str | None = None, k: str | None = None) -> None:
+    """Run the tests, building what they need."""
+    if tier is not None and tier not in TIERS:
+        raise UsageError(f"no test tier {tier}", hint=f"there are: {', '.join(TIERS)}")
+    folders = [f"tests/{name}" for name in ([tier] if tier else TIERS[:-1])]
+    command.attach((sys.executable, "-m", "pytest", *folders, *(("-k", k) if k else ())), what="tests")
+
+
+@foundry_task()
+def check(c: Context) -> None:
+    """Lint, format, types, import rules, and generated files."""
+    from toolchain.pipeline import verbs
+
+    for argv in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("lint-imports",)):
+        command.attach((Path(sys.executable).parent / argv[0], *argv[1:]), what=" ".join(argv))
+    verbs.check_schema(files.PROJECT_ROOT / "recipes")
+
+
+@foundry_task()
+def schema(c: Context) -> None:
+    """Write recipes/recipe.schema.json from the recipe model."""
+    from toolchain.pipeline import verbs
+
+    verbs.write_schema(files.PROJECT_ROOT / "recipes")

@@ -1,0 +1,382 @@
+"""``python -m runtime`` as a user runs it: child processes on a real demo model, pipes, and a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain.base.gguf import read_header
+
+PROMPT = "The class statement"
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FOUNDRY_")}
+    return {**clean, "FOUNDRY_HOME": str(tmp_path / "home"), "TERM": "dumb"}
+
+
+@pytest.fixture(scope="session")
+def tireless_gguf(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with its context length overwritten by 32,768: replies long enough to be interrupted."""
+    header = read_header(demo_gguf)
+    key = f"{header.architecture}.context_length".encode()
+    raw = bytearray(demo_gguf.read_bytes())
+    at = raw.index(key) + len(key)
+    assert struct.unpack_from("<II", raw, at) == (4, header.n_ctx_train)
+    struct.pack_into("<I", raw, at + 4, 32_768)
+    path = tmp_path_factory.mktemp("tireless") / "tireless.gguf"
+    path.write_bytes(raw)
+    return path
+
+
+def run(
+    environment: dict[str, str], *arguments: object, given: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "runtime", *map(str, arguments)],
+        input=given,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        **options,
+    )
+
+
+def complete_json(environment: dict[str, str], model: Path, *arguments: object, **options: Any) -> dict[str, Any]:
+    done = run(environment, "complete", model, "-p", PROMPT, "--json", *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_complete_prints_text_and_one_line_of_figures(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = run(environment, "complete", demo_gguf, "-p", PROMPT, "-n", 16)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert re.search(r"^\d+ tokens?, \d+ t/s generation; \d+ prompt tokens \(0 cached\)", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_seed_reproduces_and_another_differs(environment: dict[str, str], demo_gguf: Path) -> None:
+    first, again, other = (complete_json(environment, demo_gguf, "-n", 32, "--seed", n)["text"] for n in (7, 7, 8))
+    assert first == again != other
+
+
+def test_reported_seed_gives_the_reply_again(environment: dict[str, str], demo_gguf: Path) -> None:
+    first = complete_json(environment, demo_gguf, "-n", 24)
+    assert complete_json(environment, demo_gguf, "-n", 24, "--seed", first["seed"])["text"] == first["text"]
+
+
+def test_streamed_text_is_the_text_of_json_also_where_characters_break(
+    environment: dict[str, str], demo_gguf: Path
+) -> None:
+    wild = ("--temp", 5, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--seed", 3, "-n", 64)
+    streamed = run(environment, "complete", demo_gguf, "-p", PROMPT, *wild).stdout
+    assert streamed.removesuffix("\n") == complete_json(environment, demo_gguf, *wild)["text"].removesuffix("\n")
+
+
+def test_json_holds_the_figures_and_the_settings(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = complete_json(environment, demo_gguf, "-n", 8, "--temp", 0, "--n-ctx", 128)
+    assert done["completion_tokens"] <= 8
+    assert done["prompt_tokens"] > 1
+    assert done["finish_reason"] in ("stop", "length")
+    assert min(done["prompt_tps"], done["generation_tps"], done["ttft_ms"]) > 0
+    settings = {setting["name"]: setting for setting in done["settings"]}
+    assert settings["n_ctx"] == {"name": "n_ctx", "value": 128, "origin": "flag", "reason": "--n-ctx"}
+
+
+def test_micro_batches_do_not_change_the_greedy_reply(environment: dict[str, str], demo_gguf: Path) -> None:
+    greedy = ("-n", 12, "--temp", 0)
+    pieces = ("--n-batch", 2, "--n-ubatch", 2)
+    whole = complete_json(environment, demo_gguf, *greedy)
+    assert complete_json(environment, demo_gguf, *greedy, *pieces)["text"] == whole["text"]
+
+
+def test_stop_string_ends_the_reply_and_is_not_shown(environment: dict[str, str], demo_gguf: Path) -> None:
+    greedy = ("-n", 40, "--temp", 0)
+    text = complete_json(environment, demo_gguf, *greedy)["text"]
+    stop = text[len(text) // 2 :][:3]
+    stopped = complete_json(environment, demo_gguf, *greedy, "--stop", stop)
+    assert stopped["text"] == text[: text.index(stop)]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_prompt_may_come_through_a_pipe(environment: dict[str, str], demo_gguf: Path) -> None:
+    greedy = ("-n", 12, "--temp", 0, "--no-stats")
+    piped = run(environment, "complete", demo_gguf, *greedy, given=f"{PROMPT}\n")
+    named = run(environment, "complete", demo_gguf, *greedy, "-p", PROMPT)
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, named.stdout, "")
+
+
+def test_verbose_shows_the_librarys_log_and_only_then(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = run(environment, "complete", demo_gguf, "-p", PROMPT, "-n", 1, "--verbose")
+    assert "llama_model_loader" in done.stderr
+    assert "llama_model_loader" not in done.stdout
+
+
+def test_reader_that_leaves_is_no_error(environment: dict[str, str], demo_gguf: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "runtime", "complete", demo_gguf, "-p", PROMPT, "-n", "-1"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.stderr is not None
+    assert child.stderr.read() == ""
+    assert child.wait(PATIENCE_S) == 0
+
+
+def hostile_file(path: Path) -> Path:
+    """Announces 2**60 keys."""
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 2**60) + b"\0" * 64)
+    return path
+
+
+@pytest.mark.parametrize("verb", ["complete", "chat"])
+def test_lying_header_is_refused_before_any_library_is_imported(
+    environment: dict[str, str], tmp_path: Path, verb: str
+) -> None:
+    path = hostile_file(tmp_path / "lie.gguf")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "runtime", verb, path],
+        env=environment,
+        input=PROMPT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 6
+    assert done.stdout == ""
+    assert "lie.gguf" in done.stderr
+    assert not re.search(r"\|\s+(llama_cpp|numpy)\b", done.stderr)
+
+
+def test_help_imports_nothing_heavy(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "runtime", "chat", "--help"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "--n-ctx" in done.stdout
+    assert not re.search(r"\|\s+(llama_cpp|numpy|jinja2|rich|psutil|yaml)\b", done.stderr)
+
+
+def test_wrong_values_are_usage_errors(environment: dict[str, str], demo_gguf: Path) -> None:
+    trained = read_header(demo_gguf).n_ctx_train
+    for arguments, said in [
+        (("--n-ctx", 10**6), f"trained with {trained}"),
+        (("--type-k", "q8-0"), "did you mean q8_0?"),
+        (("--top-p", 7), "--top-p"),
+        (("-p", "word " * 2 * (trained or 4096)), "the context holds"),
+    ]:
+        done = run(environment, "complete", demo_gguf, "-p", PROMPT, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert done.stdout == ""
+
+
+def test_missing_model_is_a_usage_error_with_its_neighbour(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = run(environment, "complete", demo_gguf.with_suffix(".ggu"), "-p", PROMPT)
+    assert done.returncode == 2
+    assert f"did you mean {demo_gguf.name}?" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_threads_follow_the_affinity_mask(environment: dict[str, str], demo_gguf: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    done = complete_json(environment, demo_gguf, "-n", 1, preexec_fn=lambda: os.sched_setaffinity(0, {cpu}))
+    settings = {setting["name"]: setting["value"] for setting in done["settings"]}
+    assert (settings["n_threads"], settings["n_threads_batch"]) == (1, 1)
+
+
+def test_chat_on_a_pipe_answers_each_line_and_ends(
+    environment: dict[str, str], demo_gguf: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "talk.json"
+    lines = f"What is a class?\n\nAnd a\\\nfunction?\n/save {saved}\n"
+    done = run(environment, "chat", demo_gguf, "-n", 12, "--seed", 1, "--system", "Be brief.", given=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert len(re.findall(r"t/s generation", done.stderr)) == 2
+    assert [message["role"] for message in json.loads(saved.read_text())] == [
+        "system",
+        *("user", "assistant") * 2,
+    ]
+    assert json.loads(saved.read_text())[3]["content"] == "And a\nfunction?"
+
+
+def test_second_turn_reuses_the_first_ones_cache(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = run(environment, "chat", demo_gguf, "-n", 8, "--temp", 0, given="What is a class?\nWhy?\n")
+    cached = [int(count) for count in re.findall(r"\((\d+) cached\)", done.stderr)]
+    assert cached[0] == 0
+    assert cached[1] > 5
+
+
+def test_overflowing_context_drops_old_turns_and_goes_on(environment: dict[str, str], demo_gguf: Path) -> None:
+    lines = "".join(f"Tell me about number {n} and what it means.\n" for n in range(8))
+    done = run(environment, "chat", demo_gguf, "--n-ctx", 96, "-n", 24, given=lines)
+    assert done.returncode == 0, done.stderr
+    assert "left out of the prompt" in done.stderr
+    assert len(re.findall(r"t/s generation", done.stderr)) == 8
+
+
+def test_message_larger_than_the_context_is_told_and_the_chat_goes_on(
+    environment: dict[str, str], demo_gguf: Path
+) -> None:
+    lines = f"{'word ' * 200}\nWhat is a class?\n"
+    done = run(environment, "chat", demo_gguf, "--n-ctx", 64, "-n", 8, given=lines)
+    assert done.returncode == 2
+    assert "the context holds 64" in done.stderr
+    assert len(re.findall(r"t/s generation", done.stderr)) == 1
+
+
+def test_unknown_command_on_a_pipe_gives_its_code(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = run(environment, "chat", demo_gguf, given="/sav x\n/quit\nnever asked\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean /save?" in done.stderr
+
+
+def test_interrupted_completion_keeps_its_text_and_exits_130(environment: dict[str, str], tireless_gguf: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "runtime", "complete", tireless_gguf, "-p", PROMPT, "--temp", "0"]
+        + ["-n", "-1", "--n-ctx", "32768"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.read(1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 130, err
+    assert out
+    assert "stopped" in err
+    assert "Traceback" not in err
+
+
+class Terminal:
+    """A child on a pseudo-terminal: what it showed, and keys to press."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.shown = ""
+
+    def press(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+    def wait_for(self, pattern: str, *, after: int = 0) -> int:
+        """Read until ``pattern`` shows behind position ``after``; the position behind it."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := re.compile(pattern).search(self.shown, after)):
+            assert time.monotonic() < deadline, f"{pattern!r} did not show in {self.shown!r}"
+            if not self._read():
+                raise AssertionError(f"the child ended before {pattern!r} showed: {self.shown!r}")
+        return found.end()
+
+    def drain(self) -> None:
+        while self._read():
+            pass
+
+    def _read(self) -> bool:
+        if not select.select([self.descriptor], [], [], PATIENCE_S)[0]:
+            return False
+        try:
+            raw = os.read(self.descriptor, 1 << 16)
+        except OSError:  # Linux: the other end was closed
+            return False
+        self.shown += raw.decode("utf-8", "replace")
+        return bool(raw)
+
+
+@contextmanager
+def on_terminal(environment: dict[str, str], arguments: Sequence[object]) -> Iterator[tuple[int, Terminal]]:
+    """(process id, terminal) of ``python -m runtime ...``; killed at the end if it still runs."""
+    process, descriptor = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "runtime", *map(str, arguments)], environment)
+    try:
+        yield process, Terminal(descriptor)
+    finally:
+        os.close(descriptor)
+        try:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def test_ctrl_c_at_a_terminal_stops_the_reply_and_not_the_program(
+    environment: dict[str, str], tireless_gguf: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "talk.json"
+    arguments = ["chat", tireless_gguf, "--temp", "0", "--n-ctx", "32768"]
+    with on_terminal(environment, arguments) as (process, terminal):
+        at = terminal.wait_for(r"> ")
+        terminal.press("\x03")
+        at = terminal.wait_for(r"Ctrl-D or /quit leaves[^\n]*\n\S*> ", after=at)
+        # The model may end a reply by itself; one of these runs on until it is stopped.
+        for question in ("What is a class?", "Why?", "the the the", "not not not"):
+            terminal.press(f"{question}\n")
+            at = terminal.wait_for(rf"{re.escape(question)}\r\n.*\w", after=at)
+            terminal.press("\x03")
+            at = terminal.wait_for(r"t/s generation[^\n]*\n", after=at)
+            if terminal.shown.endswith("stopped\r\n", 0, at):
+                break
+            terminal.wait_for(r"> ", after=at)
+        else:
+            pytest.fail(f"no reply was stopped: {terminal.shown!r}")
+        at = terminal.wait_for(r"> ", after=at)
+        terminal.press(f"/save {saved}\n")
+        at = terminal.wait_for(r"saved", after=at)
+        terminal.wait_for(r"> ", after=at)
+        terminal.press("/quit\n")
+        terminal.drain()
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    last = json.loads(saved.read_text())[-1]
+    assert last["role"] == "assistant"
+    assert last["content"]
+    assert "Traceback" not in terminal.shown
+
+
+def test_ctrl_d_leaves_and_the_typed_lines_are_remembered(environment: dict[str, str], demo_gguf: Path) -> None:
+    for _ in range(2):
+        with on_terminal(environment, ["chat", demo_gguf, "-n", "4"]) as (process, terminal):
+            at = terminal.wait_for(r"> ")
+            terminal.press("/help\n")
+            at = terminal.wait_for(r"/reset", after=at)
+            terminal.wait_for(r"> ", after=at)
+            terminal.press("\x04")
+            terminal.drain()
+            assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    history = Path(environment["FOUNDRY_HOME"]) / "chat-history"
+    if history.exists():  # where this Python has readline
+        assert "/help" in history.read_text()
+        assert history.stat().st_mode & 0o077 == 0

@@ -1,0 +1,98 @@
+"""A Toolchain: one compiled llama.cpp, its converter and its wheel, under FOUNDRY_HOME/toolchains/ID."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from toolchain.base import files
+from toolchain.base.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toolchain:
+    """A finished build. Equal ids mean equal source, options and compilers; a folder is never built over."""
+
+    id: str
+    root: Path
+    commit: str
+    backends: tuple[str, ...]
+    wheel_name: str
+    wheel_version: str
+    source: str
+    options: tuple[str, ...]
+    compilers: tuple[str, ...]
+    seconds: float
+
+    @property
+    def bin_dir(self) -> Path:
+        return self.root / "bin"
+
+    @property
+    def lib_dir(self) -> Path:
+        return self.root / "lib"
+
+    @property
+    def convert_dir(self) -> Path:
+        """The pinned converter: ``convert_hf_to_gguf.py`` with its package and gguf-py."""
+        return self.root / "convert"
+
+    @property
+    def wheel(self) -> Path:
+        return self.root / "wheel" / self.wheel_name
+
+    def tool(self, name: str) -> Path:
+        """The program ``llama-NAME``."""
+        return self.bin_dir / f"llama-{name}"
+
+
+def save(toolchain: Toolchain, root: Path) -> None:
+    """Write ``toolchain.json`` below ``root``, without the folder's own place."""
+    noted = {key: value for key, value in asdict(toolchain).items() if key != "root"}
+    files.write_json(root / "toolchain.json", noted)
+
+
+def load(toolchain_id: str) -> Toolchain | None:
+    """The Toolchain of that id, None when it is not there."""
+    root = files.home_dir("toolchains") / toolchain_id
+    noted = files.read_json(root / "toolchain.json")
+    if not isinstance(noted, dict):
+        return None
+    try:
+        lists = {key: tuple(noted[key]) for key in ("backends", "options", "compilers")}
+        return Toolchain(**{**noted, **lists, "root": root})
+    except (KeyError, TypeError):
+        return None
+
+
+def list_ids() -> list[str]:
+    """Ids of all finished Toolchains."""
+    return sorted(note.parent.name for note in files.home_dir("toolchains").glob("[!.]*/toolchain.json"))
+
+
+def find(prefix: str) -> Toolchain:
+    """The one Toolchain whose id begins with ``prefix``; UsageError when none or several do."""
+    ids = [i for i in list_ids() if i.startswith(prefix)]
+    if len(ids) == 1 and (found := load(ids[0])):
+        return found
+    raise UsageError(
+        f"{'no' if not ids else 'more than one'} toolchain with the id {prefix}",
+        evidence=f"there are: {', '.join(ids or list_ids()) or 'none'}",
+        hint="name one of these, or run `inv build`",
+    )
+
+
+def make_current(toolchain: Toolchain) -> None:
+    """Point ``toolchains/current`` at it, in one atomic step."""
+    link = files.home_dir("toolchains") / "current"
+    fresh = link.with_name(f".current-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(toolchain.id)
+    fresh.replace(link)
+
+
+def current() -> Toolchain | None:
+    """The Toolchain in use, None before the first build."""
+    link = files.home_dir("toolchains") / "current"
+    return load(link.readlink().name) if link.is_symlink() else None

@@ -1,0 +1,121 @@
+"""What `inv build`, `inv use` and `inv clean` do and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from toolchain.base import console, files
+from toolchain.base.errors import UsageError
+from toolchain.build import bindings, compile, toolchain
+from toolchain.build.compile import BuildRequest, Built, build, configure
+from toolchain.build.pin import DEFAULT_PIN
+from toolchain.build.toolchain import Toolchain
+
+
+def request(
+    *, source: str | None = None, defines: Iterable[str] = (), jobs: str | int | None = None, update: bool = False
+) -> BuildRequest:
+    """The request from what was typed; UsageError for what makes no sense."""
+    if jobs is not None and not str(jobs).isdigit():
+        raise UsageError(f"--jobs {jobs} is not a number")
+    return BuildRequest(
+        source=source or DEFAULT_PIN,
+        defines=tuple(defines),
+        jobs=int(jobs) if jobs is not None else None,
+        update=update,
+    )
+
+
+def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quiet: bool = False) -> Toolchain:
+    """Build (or find), make current, install the bindings where they are not, report."""
+    built = build(asked)
+    if use:
+        activate(built.toolchain)
+    if as_json:
+        console.answer_json(_built_json(built))
+    elif built.reused and not quiet:
+        console.answer(f"{built.toolchain.id} is there already ({built.seconds:.2f} s)")
+    elif not quiet:
+        console.answer(f"{built.toolchain.id} is built: {built.toolchain.root}")
+    return built.toolchain
+
+
+def activate(chosen: Toolchain) -> None:
+    """Make ``chosen`` current and its wheel the one that ``import llama_cpp`` finds in this environment."""
+    if bindings.installed_version() != chosen.wheel_version:
+        with console.step(f"install llama-cpp-python {chosen.wheel_version}"):
+            bindings.install(chosen.wheel)
+            bindings.prove(commit=chosen.commit)
+    toolchain.make_current(chosen)
+
+
+def use(prefix: str) -> None:
+    """``inv use ID``."""
+    chosen = toolchain.find(prefix)
+    activate(chosen)
+    console.answer(f"{chosen.id} is current: {chosen.source}, backends {', '.join(chosen.backends)}")
+
+
+def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
+    """``inv build --dry-run``: the source is fetched (its options are needed), nothing is compiled."""
+    configuration = configure(asked)
+    there = toolchain.load(configuration.id) is not None
+    if as_json:
+        console.answer_json(
+            {
+                "toolchain_id": configuration.id,
+                "reused": there,
+                "commit": configuration.tree.commit,
+                "options": list(configuration.options.argv()),
+                "jobs": configuration.jobs.count,
+                "reason": configuration.jobs.reason,
+            }
+        )
+        return
+    console.answer(f"toolchain {configuration.id}{' (there already)' if there else ''}")
+    console.answer(f"source    {configuration.tree.pin}, llama.cpp {configuration.tree.commit}")
+    console.answer(f"compilers {configuration.c.version}; {configuration.cxx.version}")
+    console.answer(f"jobs      {configuration.jobs.count} ({configuration.jobs.reason})")
+    for option in configuration.options.argv():
+        console.answer(f"          {option}")
+
+
+def clean(*, toolchains: bool, everything: bool) -> None:
+    """Delete work and logs; also other toolchains, or all of FOUNDRY_HOME, when asked."""
+    home = files.foundry_home()
+    names = ("work", "logs") if not everything else ("work", "logs", "sources", "hub", "tune", "toolchains")
+    before = files.tree_bytes(home) if home.exists() else 0
+    for name in names:
+        files.remove(home / name, within=home)
+    if toolchains and not everything and (current := toolchain.current()):
+        for other in (home / "toolchains").iterdir():
+            if other.name not in (current.id, "current"):
+                files.remove(other, within=home)
+    after = files.tree_bytes(home) if home.exists() else 0
+    console.answer(f"{console.format_bytes(before - after)} freed in {home}")
+
+
+def ensure_current() -> Toolchain:
+    """The Toolchain in use; before the first build, the default one is built."""
+    if found := toolchain.current():
+        return found
+    console.say("no toolchain yet: building the default one")
+    return build_and_use(request(), use=True, quiet=True)
+
+
+def _built_json(built: Built) -> dict[str, object]:
+    made = built.toolchain
+    return {
+        "toolchain_id": made.id,
+        "reused": built.reused,
+        "commit": made.commit,
+        "backends": list(made.backends),
+        "architectures": [],
+        "executed": None,
+        "reason": "a CPU build",
+        "wheel": str(made.wheel),
+        "seconds": round(built.seconds, 3),
+    }
+
+
+__all__ = ["activate", "build_and_use", "clean", "compile", "ensure_current", "request", "show_configuration", "use"]
