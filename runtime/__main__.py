@@ -122,6 +122,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> tuple[GgufHeader, Settings]:
     """The checked header of the model and the settings for it; nothing of the library is touched."""
+    from runtime.memory import require_context_fits
     from runtime.model_file import open_model
     from runtime.resolve import resolve
     from runtime.settings import NAMES, settle
@@ -139,6 +140,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[GgufHeader, Settings]:
         env=os.environ,
         flags={name: getattr(arguments, name) for name in NAMES},
     )
+    require_context_fits(header, settings, here)
     return header, settings
 
 

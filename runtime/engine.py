@@ -103,6 +103,7 @@ class Engine:
         cached_tokens = self._reuse(tokens)
         whole = self._decode_prompt(tokens, interrupt)
         prompt_done = time.perf_counter()
+        processed_tokens = len(self._cached) - cached_tokens
         room = self.n_ctx - len(tokens) + 1  # the last token needs no place: it is never decoded
         limit = room if max_tokens is None else min(room, max_tokens)
         chain = build_chain(lib, lib.llama_vocab_n_tokens(self._vocab), sampling, tokens)
@@ -116,6 +117,7 @@ class Engine:
         stats = ReplyStats(
             prompt_tokens=len(tokens),
             cached_tokens=cached_tokens,
+            processed_tokens=processed_tokens,
             completion_tokens=outcome.tokens,
             generation_steps=outcome.steps,
             prompt_seconds=prompt_done - started,

@@ -14,12 +14,14 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 class ReplyStats:
     """Figures of one reply.
 
-    ``prompt_tokens`` counts all of the prompt, ``cached_tokens`` those that were in the cache already;
+    ``prompt_tokens`` counts all of the prompt, ``cached_tokens`` those that were in the cache already and
+    ``processed_tokens`` those that ``prompt_seconds`` timed (fewer than the rest only after Ctrl-C);
     ``generation_steps`` counts the decodes after the prompt's, which ``generation_seconds`` timed.
     """
 
     prompt_tokens: int
     cached_tokens: int
+    processed_tokens: int
     completion_tokens: int
     generation_steps: int
     prompt_seconds: float
@@ -29,8 +31,8 @@ class ReplyStats:
 
     @property
     def prompt_tps(self) -> float:
-        """Prompt tokens per second, of those that had to be processed."""
-        return _rate(self.prompt_tokens - self.cached_tokens, self.prompt_seconds)
+        """Prompt tokens per second, of those that were processed."""
+        return _rate(self.processed_tokens, self.prompt_seconds)
 
     @property
     def generation_tps(self) -> float:

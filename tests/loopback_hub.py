@@ -125,9 +125,7 @@ def is_lfs(name: str) -> bool:
 
 
 @contextmanager
-def serve_hub(
-    models: Mapping[str, Path], faults: Mapping[str, Faults] | None = None
-) -> Iterator[LoopbackHub]:
+def serve_hub(models: Mapping[str, Path], faults: Mapping[str, Faults] | None = None) -> Iterator[LoopbackHub]:
     """Serve each ``owner/name`` from a folder; revisions are ``main`` and the commit."""
     known = {repo: Model(path, (faults or {}).get(repo, Faults())) for repo, path in models.items()}
     hub = LoopbackHub(known)
@@ -279,12 +277,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.ended.wait(faults.hang_s)
             self.close_connection = True
 
-    def _refuse(
-        self, status: int, code: str = "", message: str = "", headers: Mapping[str, str] | None = None
-    ) -> None:
-        extra = {
-            key: text for key, text in {"X-Error-Code": code, "X-Error-Message": message}.items() if text
-        }
+    def _refuse(self, status: int, code: str = "", message: str = "", headers: Mapping[str, str] | None = None) -> None:
+        extra = {key: text for key, text in {"X-Error-Code": code, "X-Error-Message": message}.items() if text}
         self._send(status, b"", {**extra, **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:

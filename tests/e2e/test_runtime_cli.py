@@ -19,30 +19,41 @@ from typing import Any
 
 import pytest
 
+from toolchain.base.files import PROJECT_ROOT
 from toolchain.base.gguf import read_header
+from toolchain.build.toolchain import Toolchain
 
 PROMPT = "The class statement"
 PATIENCE_S = 120
+TIRELESS = ("--temp", "0", "--n-ctx", "32768")
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FOUNDRY_")}
-    return {**clean, "FOUNDRY_HOME": str(tmp_path / "home"), "TERM": "dumb"}
+    # Threads that wait for each other by spinning crawl when other work holds a CPU: let them sleep soon.
+    patient = {"GOMP_SPINCOUNT": "100"}
+    own = {"FOUNDRY_HOME": str(tmp_path / "home"), "TERM": "dumb", "PYTHONPATH": str(PROJECT_ROOT)}
+    return {**clean, **patient, **own}
 
 
 @pytest.fixture(scope="session")
 def tireless_gguf(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with its context length overwritten by 32,768: replies long enough to be interrupted."""
-    header = read_header(demo_gguf)
+    path = tmp_path_factory.mktemp("tireless") / "tireless.gguf"
+    path.write_bytes(with_context_length(demo_gguf, 32_768))
+    return path
+
+
+def with_context_length(model: Path, n_ctx: int) -> bytes:
+    """The model's bytes with its training context overwritten in place."""
+    header = read_header(model)
     key = f"{header.architecture}.context_length".encode()
-    raw = bytearray(demo_gguf.read_bytes())
+    raw = bytearray(model.read_bytes())
     at = raw.index(key) + len(key)
     assert struct.unpack_from("<II", raw, at) == (4, header.n_ctx_train)
-    struct.pack_into("<I", raw, at + 4, 32_768)
-    path = tmp_path_factory.mktemp("tireless") / "tireless.gguf"
-    path.write_bytes(raw)
-    return path
+    struct.pack_into("<I", raw, at + 4, n_ctx)
+    return bytes(raw)
 
 
 def run(
@@ -109,6 +120,22 @@ def test_micro_batches_do_not_change_the_greedy_reply(environment: dict[str, str
     pieces = ("--n-batch", 2, "--n-ubatch", 2)
     whole = complete_json(environment, demo_gguf, *greedy)
     assert complete_json(environment, demo_gguf, *greedy, *pieces)["text"] == whole["text"]
+
+
+def test_greedy_text_is_that_of_llama_completion(
+    environment: dict[str, str], demo_gguf: Path, toolchain: Toolchain
+) -> None:
+    theirs = subprocess.run(
+        [toolchain.bin_dir / "llama-completion", "-m", demo_gguf, "-p", PROMPT, "-n", "24", "--temp", "0", "-no-cnv"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    ours = complete_json(environment, demo_gguf, "-n", 24, "--temp", 0)["text"]
+    assert theirs.stdout.strip() == (PROMPT + ours).strip()
 
 
 def test_stop_string_ends_the_reply_and_is_not_shown(environment: dict[str, str], demo_gguf: Path) -> None:
@@ -208,6 +235,63 @@ def test_missing_model_is_a_usage_error_with_its_neighbour(environment: dict[str
     assert f"did you mean {demo_gguf.name}?" in done.stderr
 
 
+def test_model_that_the_library_refuses_is_told_in_its_words(
+    environment: dict[str, str], demo_gguf: Path, tmp_path: Path
+) -> None:
+    architecture = read_header(demo_gguf).architecture
+    strange = architecture[::-1]
+    path = tmp_path / "strange.gguf"
+    raw = demo_gguf.read_bytes().replace(f"{architecture}.".encode(), f"{strange}.".encode())
+    at = raw.index(architecture.encode(), raw.index(b"general.architecture"))
+    path.write_bytes(raw[:at] + strange.encode() + raw[at + len(strange) :])
+    done = run(environment, "complete", path, "-p", PROMPT)
+    assert done.returncode == 6
+    assert f"unknown model architecture: '{strange}'" in done.stderr
+
+
+def test_context_beyond_the_machines_memory_is_refused_and_not_killed(
+    environment: dict[str, str], demo_gguf: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "vast.gguf"
+    path.write_bytes(with_context_length(demo_gguf, 2**31 - 1))
+    done = run(environment, "complete", path, "-p", PROMPT, "--n-ctx", 2**31 - 1)
+    assert done.returncode == 7
+    assert "does not fit in memory" in done.stderr
+    assert "--n-ctx" in done.stderr
+
+
+def test_library_of_another_build_is_told_and_names_the_build(
+    environment: dict[str, str], demo_gguf: Path, tmp_path: Path
+) -> None:
+    done = run({**environment, "LLAMA_CPP_LIB_PATH": str(tmp_path)}, "complete", demo_gguf, "-p", PROMPT)
+    assert done.returncode == 3
+    assert "`./inv build`" in done.stderr
+
+
+def test_prompt_is_interrupted_between_graph_nodes(environment: dict[str, str], tireless_gguf: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "runtime", "complete", tireless_gguf, *TIRELESS, "-n", "1", "--verbose"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stderr is not None
+    child.stdin.write("word " * 8_000)
+    child.stdin.close()
+    child.stdin = None
+    for line in child.stderr:
+        if "reserve took" in line:  # the context is ready
+            break
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=PATIENCE_S)
+    assert (child.returncode, out.strip()) == (130, ""), err
+    assert "0 tokens" in err
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_threads_follow_the_affinity_mask(environment: dict[str, str], demo_gguf: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
@@ -265,8 +349,7 @@ def test_unknown_command_on_a_pipe_gives_its_code(environment: dict[str, str], d
 
 def test_interrupted_completion_keeps_its_text_and_exits_130(environment: dict[str, str], tireless_gguf: Path) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "runtime", "complete", tireless_gguf, "-p", PROMPT, "--temp", "0"]
-        + ["-n", "-1", "--n-ctx", "32768"],
+        [sys.executable, "-m", "runtime", "complete", tireless_gguf, "-p", PROMPT, *TIRELESS, "-n", "-1"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -297,16 +380,25 @@ class Terminal:
         deadline = time.monotonic() + PATIENCE_S
         while not (found := re.compile(pattern).search(self.shown, after)):
             assert time.monotonic() < deadline, f"{pattern!r} did not show in {self.shown!r}"
-            if not self._read():
+            if not self._read(PATIENCE_S):
                 raise AssertionError(f"the child ended before {pattern!r} showed: {self.shown!r}")
         return found.end()
 
+    def interrupt_until(self, pattern: str, *, after: int) -> int:
+        """Ctrl-C at a prompt. CPython's readline misses one that comes before it waits for keys, so it may repeat."""
+        for _ in range(PATIENCE_S):
+            self.press("\x03")
+            while self._read(1.0):
+                if re.compile(pattern).search(self.shown, after):
+                    return len(self.shown)
+        raise AssertionError(f"{pattern!r} did not show in {self.shown!r}")
+
     def drain(self) -> None:
-        while self._read():
+        while self._read(PATIENCE_S):
             pass
 
-    def _read(self) -> bool:
-        if not select.select([self.descriptor], [], [], PATIENCE_S)[0]:
+    def _read(self, timeout_s: float) -> bool:
+        if not select.select([self.descriptor], [], [], timeout_s)[0]:
             return False
         try:
             raw = os.read(self.descriptor, 1 << 16)
@@ -337,11 +429,9 @@ def test_ctrl_c_at_a_terminal_stops_the_reply_and_not_the_program(
     environment: dict[str, str], tireless_gguf: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "talk.json"
-    arguments = ["chat", tireless_gguf, "--temp", "0", "--n-ctx", "32768"]
-    with on_terminal(environment, arguments) as (process, terminal):
+    with on_terminal(environment, ["chat", tireless_gguf, *TIRELESS]) as (process, terminal):
         at = terminal.wait_for(r"> ")
-        terminal.press("\x03")
-        at = terminal.wait_for(r"Ctrl-D or /quit leaves[^\n]*\n\S*> ", after=at)
+        at = terminal.interrupt_until(r"Ctrl-D or /quit leaves[^\n]*\n\S*> ", after=at)
         # The model may end a reply by itself; one of these runs on until it is stopped.
         for question in ("What is a class?", "Why?", "the the the", "not not not"):
             terminal.press(f"{question}\n")

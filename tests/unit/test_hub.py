@@ -143,9 +143,7 @@ class Stage:
         assert "error" not in answer, answer
         folder, model = Path(answer["folder"]), self.hub.models[self.repo]
         expected = choose_files(model.files)
-        assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == list(
-            expected
-        )
+        assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == list(expected)
         for name in expected:
             assert (folder / name).read_bytes() == model.files[name]
         total = answer["snapshot"]["files"] and sum(file["bytes"] for file in answer["snapshot"]["files"])
@@ -165,9 +163,7 @@ class Stage:
             )
             for name in names
         ]
-        return HubSnapshot(
-            repo=self.repo, revision="main", commit=model.commit, files=tuple(found), n_params=1234
-        )
+        return HubSnapshot(repo=self.repo, revision="main", commit=model.commit, files=tuple(found), n_params=1234)
 
     def bodies(self) -> list[str]:
         """The Range header of each request for the weights' bytes."""
@@ -231,9 +227,7 @@ def online(hub: LoopbackHub) -> dict[str, str]:
 
 
 @pytest.fixture
-def stage(
-    request: pytest.FixtureRequest, hub: LoopbackHub, client: Client, tmp_path: Path
-) -> Iterator[Stage]:
+def stage(request: pytest.FixtureRequest, hub: LoopbackHub, client: Client, tmp_path: Path) -> Iterator[Stage]:
     """The repository the test names with ``@on(...)``; its faults are cleared afterwards."""
     repo = f"acme/{request.param}"
     yield Stage(hub, client, repo, tmp_path / "hub")
@@ -485,9 +479,7 @@ def test_a_stalled_body_is_continued_after_the_timeout(stage: Stage) -> None:
 @on("drop")
 def test_dropped_connections_fail_and_a_rerun_succeeds(stage: Stage) -> None:
     stage.faults.drop = True
-    stage.assert_fails(
-        stage.fetch(), "the connection broke while fetching", "run again: the download continues"
-    )
+    stage.assert_fails(stage.fetch(), "the connection broke while fetching", "run again: the download continues")
     stage.faults.drop = False
     stage.assert_whole(stage.fetch())
 
@@ -507,9 +499,7 @@ def test_a_hub_that_does_not_answer_is_given_up(stage: Stage) -> None:
 def test_a_gated_repository_without_a_token_says_how_to_get_one(stage: Stage) -> None:
     stage.faults.gated = True
     answer = stage.fetch()
-    stage.assert_fails(
-        answer, "acme/gated is gated", "accept the licence at https://huggingface.co/acme/gated, "
-    )
+    stage.assert_fails(answer, "acme/gated is gated", "accept the licence at https://huggingface.co/acme/gated, ")
     assert "https://huggingface.co/settings/tokens" in answer["hint"]
     assert "export HF_TOKEN=..." in answer["hint"]
     stage.assert_whole(stage.fetch(token=GOOD_TOKEN))
@@ -519,9 +509,7 @@ def test_a_gated_repository_without_a_token_says_how_to_get_one(stage: Stage) ->
 def test_a_gated_repository_with_a_strangers_token_says_which_licence(stage: Stage) -> None:
     stage.faults.gated = True
     answer = stage.fetch(token=OTHER_TOKEN)
-    stage.assert_fails(
-        answer, "your token has no access", "https://huggingface.co/acme/gated with the account"
-    )
+    stage.assert_fails(answer, "your token has no access", "https://huggingface.co/acme/gated with the account")
 
 
 @on("plain")
@@ -543,9 +531,7 @@ def test_a_private_repository_looks_missing_without_a_token(stage: Stage) -> Non
 @on("plain")
 def test_a_missing_repository_is_named(stage: Stage) -> None:
     answer = stage.client.ask("acme/no-such-thing")
-    stage.assert_fails(
-        answer, "acme/no-such-thing was not found", "https://huggingface.co/acme/no-such-thing"
-    )
+    stage.assert_fails(answer, "acme/no-such-thing was not found", "https://huggingface.co/acme/no-such-thing")
 
 
 @on("plain")
@@ -635,9 +621,7 @@ def test_a_guest_network_page_is_not_taken_for_the_hub(stage: Stage) -> None:
 def test_wrong_bytes_are_deleted(stage: Stage, odd_etag: bool) -> None:
     stage.faults.wrong_bytes, stage.faults.odd_etag = "model.safetensors", odd_etag
     answer = stage.fetch()
-    stage.assert_fails(
-        answer, "model.safetensors of acme/wrong did not arrive", "run again to download it anew"
-    )
+    stage.assert_fails(answer, "model.safetensors of acme/wrong did not arrive", "run again to download it anew")
     assert f"expected sha256 {stage.hub.models[stage.repo].hashes['model.safetensors']}" in answer["evidence"]
     wrong = stage.hub.models[stage.repo].served("model.safetensors")
     assert wrong not in [path.read_bytes() for path in stage.cache.rglob("*") if path.is_file()]
@@ -673,9 +657,7 @@ def test_a_part_that_cannot_be_continued_is_deleted(stage: Stage) -> None:
 @on("huge")
 def test_a_snapshot_larger_than_the_disk_is_refused_at_once(stage: Stage) -> None:
     stage.faults.claim_bytes = 10**17
-    stage.assert_fails(
-        stage.fetch(), "not enough disk space for downloading acme/huge", "FOUNDRY_HOME", exit_code=3
-    )
+    stage.assert_fails(stage.fetch(), "not enough disk space for downloading acme/huge", "FOUNDRY_HOME", exit_code=3)
     assert not stage.bodies()
     stage.faults.claim_bytes = 0
     stage.assert_whole(stage.fetch())

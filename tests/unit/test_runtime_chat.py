@@ -32,6 +32,7 @@ class Parrot:
         stats = ReplyStats(
             prompt_tokens=len(tokens),
             cached_tokens=0,
+            processed_tokens=len(tokens),
             completion_tokens=len(self.reply),
             generation_steps=0,
             prompt_seconds=0.0,

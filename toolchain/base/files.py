@@ -35,6 +35,12 @@ def foundry_home() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "llama-foundry"
 
 
+def models_dir() -> Path:
+    """Where results go: FOUNDRY_MODELS, else ``models`` in the project."""
+    named = os.environ.get("FOUNDRY_MODELS")
+    return Path(named).expanduser().absolute() if named else PROJECT_ROOT / "models"
+
+
 def home_dir(name: str) -> Path:
     """``FOUNDRY_HOME/name``, made when missing. Names in use: sources toolchains hub work logs tune."""
     path = foundry_home() / name

@@ -55,7 +55,8 @@ def random_weights() -> Weights:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> Array:
-        return (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        scaled: Array = (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        return scaled
 
     return {
         "token_embd.weight": matrix(N_VOCAB, N_EMBD),

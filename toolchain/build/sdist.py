@@ -15,7 +15,7 @@ from toolchain.base.errors import FetchError, FoundryError
 from toolchain.build.pin import SourcePin, SourceTree, locate, record, recorded
 
 if TYPE_CHECKING:
-    from unearth import PackageFinder
+    from unearth import Link, PackageFinder
 
 # SHA-256 of the archives that this project is tested with; another version is taken with
 # `#sha256=...` behind its pin, or on the word of the index.
@@ -44,9 +44,8 @@ def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
                 f"no source archive of {requirement} in the package index",
                 hint="check the name and version, or your pip index configuration (`pip config list`)",
             )
-        stated = (best.link.hashes or {}).get("sha256")
-        expected = expected or stated
-        final = _folder(pin, expected or "unstated")
+        expected = expected or _stated_sha256(best.link)
+        final = _folder(pin, expected)
         with files.locked(final.with_name(final.name + ".lock")):
             if tree := recorded(final):
                 return tree
@@ -82,6 +81,17 @@ def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
     done = recorded(final)
     assert done is not None
     return done
+
+
+def _stated_sha256(link: Link) -> str:
+    """What the index says the archive's hash is: in the JSON form of the index, or behind the link's #."""
+    stated = (link.hashes or {}).get("sha256") or (link.hash if link.hash_name == "sha256" else None)
+    if not isinstance(stated, str) or not re.fullmatch(r"[0-9a-f]{64}", stated):
+        raise FetchError(
+            f"the package index states no sha256 for {link.filename}",
+            hint="put it behind the pin: sdist:NAME==VERSION#sha256=HEX",
+        )
+    return stated
 
 
 def _unreachable(requirement: str, error: Exception) -> FetchError:

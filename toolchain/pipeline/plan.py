@@ -59,10 +59,6 @@ class Plan:
         return next(step for step in self.steps if step.id == step_id)
 
 
-def models_dir() -> Path:
-    return files.PROJECT_ROOT / "models"
-
-
 def describe_source(recipe: Recipe, recipe_dir: Path, *, update: bool = False) -> Source:
     """Look at the model: hash a local one, ask the hub for a commit (once; it is recorded and reused)."""
     model = recipe.model
@@ -109,7 +105,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path, source: Source, toolchain: T
     A step's fingerprint digests its identity and the fingerprints of the steps that it needs, so a change
     anywhere reaches exactly what depends on it.
     """
-    folder = models_dir() / recipe.name
+    folder = files.models_dir() / recipe.name
     graph = _Graph(folder=folder, source=source)
     full, before = _plan_conversion(graph, recipe, source, toolchain)
     corpus, corpus_needs = _plan_corpus(graph, recipe, recipe_path.parent)
@@ -218,7 +214,7 @@ def _notes(recipe: Recipe, source: Source, toolchain: Toolchain) -> tuple[tuple[
 
 def _pinned_snapshot(recipe: Recipe, repo: str, revision: str, update: bool) -> hub.HubSnapshot:
     """The snapshot recorded beside the artifacts, else what the hub says now (and that is recorded)."""
-    note = models_dir() / recipe.name / "source.json"
+    note = files.models_dir() / recipe.name / "source.json"
     known = None if update else hub.snapshot_from_json(files.read_json(note))
     if known and (known.repo, known.revision) == (repo, revision):
         return known

@@ -187,12 +187,10 @@ def _plain(node: yaml.Node | None, path: Path) -> Any:
 
 def _describe(problem: ErrorDetails, root: yaml.Node | None, path: Path) -> str:
     where = [part for part in problem["loc"] if isinstance(part, str | int)]
-    node = root
+    node, place = root, root
     for part in where:
-        child = _child(node, part)
-        if child is None:
-            break
-        node = child
+        node, here = _child(node, part)
+        place = here or place
     dotted = ".".join(str(part) for part in where)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -203,22 +201,16 @@ def _describe(problem: ErrorDetails, root: yaml.Node | None, path: Path) -> str:
         dotted = ".".join(str(part) for part in where[:-1])
     elif problem["type"] == "missing":
         message = "is missing"
-    return f"{_where(path, node)}: {dotted + ': ' if dotted else ''}{message}"
+    return f"{_where(path, place)}: {dotted + ': ' if dotted else ''}{message}"
 
 
-def _child(node: yaml.Node | None, part: str | int) -> yaml.Node | None:
+def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node | None, yaml.Node | None]:
+    """(the value below ``part``, the node whose line to name); (None, None) where the file has none."""
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == part:
-                return value if not isinstance(value, yaml.ScalarNode) else _at(value, key)
+        return next(((value, key) for key, value in node.value if key.value == part), (None, None))
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-        item: yaml.Node = node.value[part]
-        return item
-    return None
-
-
-def _at(value: yaml.Node, key: yaml.Node) -> yaml.Node:
-    return yaml.ScalarNode(tag=value.tag, value=value.value, start_mark=key.start_mark)
+        return node.value[part], node.value[part]
+    return None, None
 
 
 def _where(path: Path, node: yaml.Node | None) -> str:

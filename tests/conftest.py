@@ -1,0 +1,56 @@
+"""Fixtures of all tiers: real things, made once per session and reused by fingerprint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.front_door import ROOT, inv_json
+from toolchain.build.toolchain import Toolchain, load
+
+
+@pytest.fixture(scope="session")
+def built() -> dict[str, Any]:
+    """What `inv build --json` answers for the default pin; it compiles llama.cpp when that is not done."""
+    return inv_json("build")
+
+
+@pytest.fixture(scope="session")
+def toolchain(built: dict[str, Any]) -> Toolchain:
+    found = load(built["toolchain_id"])
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def demo(toolchain: Toolchain) -> dict[str, Any]:
+    """What `inv quantize recipes/demo.yaml --json` answers; it makes the demo model when that is not done."""
+    return inv_json("quantize", "recipes/demo.yaml")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(demo: dict[str, Any]) -> Path:
+    """The demo model as Q4_K_M."""
+    return next(Path(artifact["path"]) for artifact in demo["artifacts"] if artifact["type"] == "Q4_K_M")
+
+
+@pytest.fixture(scope="session")
+def demo_full(demo: dict[str, Any], toolchain: Toolchain) -> Path:
+    """The demo model's 16-bit conversion, where the pipeline keeps it."""
+    from toolchain.pipeline.plan import describe_source, make_plan
+    from toolchain.pipeline.recipe import load_recipe
+
+    path = ROOT / "recipes" / "demo.yaml"
+    recipe = load_recipe(path)
+    plan = make_plan(recipe, recipe_path=path, source=describe_source(recipe, path.parent), toolchain=toolchain)
+    return plan.step("convert").output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _same_home_for_children() -> None:
+    """Children run in the project's folder: a relative FOUNDRY_HOME means the same place to all."""
+    if home := os.environ.get("FOUNDRY_HOME"):
+        os.environ["FOUNDRY_HOME"] = str(Path(home).absolute())
