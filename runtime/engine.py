@@ -28,6 +28,7 @@ from toolchain.base.errors import ArtifactError, FoundryError, MemoryFitError, M
 _KV_TYPE_IDS: Final = MappingProxyType(
     {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 )
+_INT32_MAX: Final = 2**31 - 1
 _PIECE_BYTES: Final = 256  # longer pieces exist (runs of spaces); they take a second call
 _OUT_OF_MEMORY: Final = re.compile(r"failed to allocate|unable to allocate|out of memory|cudaMalloc", re.IGNORECASE)
 
@@ -71,7 +72,7 @@ class Engine:
         # No tokenizer makes more tokens than bytes, but for a prefix space and the like.
         buffer = (ctypes.c_int32 * (len(raw) + 8))()
         count = lib.llama_tokenize(self._vocab, raw, len(raw), buffer, len(buffer), False, True)
-        if count < -len(buffer):
+        if -_INT32_MAX <= count < -len(buffer):  # INT32_MIN: more than the library can count
             buffer = (ctypes.c_int32 * -count)()
             count = lib.llama_tokenize(self._vocab, raw, len(raw), buffer, len(buffer), False, True)
         if count < 0:

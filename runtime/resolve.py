@@ -30,27 +30,28 @@ class Resolved:
     runtime: Mapping[str, object] = field(default_factory=dict)
 
 
-def resolve(typed: str, *, root: Path = files.PROJECT_ROOT) -> Resolved:
-    """The file that ``typed`` means. ``root`` is the project, whose ``models/`` holds the results.
+def resolve(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None = None) -> Resolved:
+    """The file that ``typed`` means. ``root`` is the project with its recipes, ``models`` holds the results.
 
     A path wins over a recipe's name. Raises UsageError with a next step when there is no such file, and
     ArtifactError when a recipe's result is not what its manifest says.
     """
+    models = models or files.models_dir()
     path = Path(typed).expanduser()
     if match := _RECIPE.fullmatch(typed):
         recipe = _find_recipe(Path(match["path"]).expanduser(), root)
-        return _result(_recipe_name(recipe), match["type"], root, quantize=_shown(recipe, root))
+        return _result(_recipe_name(recipe), match["type"], models, quantize=_shown(recipe, root))
     if path.is_dir():
         raise _is_directory(path)
     if path.exists():
         return Resolved(path=path)
-    if (named := _NAME.fullmatch(typed)) and (root / "models" / named["name"] / "manifest.json").exists():
-        return _result(named["name"], named["type"], root, quantize=f"recipes/{named['name']}.yaml")
+    if (named := _NAME.fullmatch(typed)) and (models / named["name"] / "manifest.json").exists():
+        return _result(named["name"], named["type"], models, quantize=f"recipes/{named['name']}.yaml")
     if path.suffix != ".gguf" and (hub := _HUB.fullmatch(typed)) and not Path(typed).parent.is_dir():
         raise _is_hub(hub["repo"], hub["type"])
     if named and (root / "recipes" / f"{named['name']}.yaml").exists():
         raise _not_quantized(named["name"], f"recipes/{named['name']}.yaml")
-    raise _no_file(path, root)
+    raise _no_file(path, models)
 
 
 def _find_recipe(path: Path, root: Path) -> Path:
@@ -76,8 +77,8 @@ def _recipe_name(recipe: Path) -> str:
     raise UsageError(f"{recipe} has no usable name", hint="a recipe begins with `name: my-model`")
 
 
-def _result(name: str, type_: str | None, root: Path, *, quantize: str) -> Resolved:
-    folder = root / "models" / name
+def _result(name: str, type_: str | None, models: Path, *, quantize: str) -> Resolved:
+    folder = models / name
     content = files.read_json(folder / "manifest.json")
     if content is None:
         raise _not_quantized(name, quantize)
@@ -145,10 +146,10 @@ def _is_hub(repo: str, type_: str | None) -> UsageError:
     )
 
 
-def _no_file(path: Path, root: Path) -> UsageError:
+def _no_file(path: Path, models: Path) -> UsageError:
     folder = path.parent
     beside = sorted(p.name for p in folder.glob("*.gguf")) if folder.is_dir() else []
-    made = sorted(p.parent.name for p in (root / "models").glob("*/manifest.json"))
+    made = sorted(p.parent.name for p in models.glob("*/manifest.json"))
     evidence = f"no directory {folder}" if not folder.is_dir() else f"{folder} holds: {', '.join(beside[:_LISTED])}"
     if made:
         evidence += f"\nrecipes with a result: {', '.join(made[:_LISTED])}"

@@ -28,24 +28,24 @@ def project(tmp_path: Path) -> Path:
 
 def test_path_is_taken_as_it_is(project: Path) -> None:
     path = project / "models/demo/demo-Q8_0.gguf"
-    assert resolve(str(path), root=project).path == path
+    assert resolve(str(path), root=project, models=project / "models").path == path
 
 
 @pytest.mark.parametrize("typed", ["recipes/demo.yaml", "demo"])
 def test_recipe_means_its_first_artifact_and_its_runtime_block(project: Path, typed: str) -> None:
-    found = resolve(typed, root=project)
+    found = resolve(typed, root=project, models=project / "models")
     assert found.path == project / "models/demo/demo-Q4_K_M.gguf"
     assert (found.recipe, found.type, found.runtime) == ("demo", "Q4_K_M", {"n_ctx": 128})
 
 
 @pytest.mark.parametrize("typed", ["recipes/demo.yaml:Q8_0", "demo:Q8_0", "demo:q8_0"])
 def test_type_is_chosen_behind_a_colon(project: Path, typed: str) -> None:
-    assert resolve(typed, root=project).path.name == "demo-Q8_0.gguf"
+    assert resolve(typed, root=project, models=project / "models").path.name == "demo-Q8_0.gguf"
 
 
 def test_unknown_type_lists_those_there_are(project: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve("demo:Q4_K_S", root=project)
+        resolve("demo:Q4_K_S", root=project, models=project / "models")
     assert "Q4_K_M, Q8_0" in caught.value.evidence
     assert "did you mean Q4_K_M?" in caught.value.hint
 
@@ -53,44 +53,44 @@ def test_unknown_type_lists_those_there_are(project: Path) -> None:
 @pytest.mark.parametrize("typed", ["recipes/later.yaml", "later", "later:Q8_0"])
 def test_recipe_without_a_result_names_the_command(project: Path, typed: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve(typed, root=project)
+        resolve(typed, root=project, models=project / "models")
     assert "`./inv quantize recipes/later.yaml`" in caught.value.hint
 
 
 def test_unknown_recipe_suggests_the_near_one(project: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve("recipes/dem.yaml", root=project)
+        resolve("recipes/dem.yaml", root=project, models=project / "models")
     assert "did you mean recipes/demo.yaml?" in caught.value.hint
 
 
 def test_recipe_that_is_no_yaml_is_a_usage_error(project: Path) -> None:
     (project / "recipes/broken.yaml").write_text("name: [")
     with pytest.raises(UsageError, match="cannot be read as a recipe"):
-        resolve(str(project / "recipes/broken.yaml"), root=project)
+        resolve(str(project / "recipes/broken.yaml"), root=project, models=project / "models")
 
 
 def test_recipe_whose_name_leaves_the_folder_is_refused(project: Path) -> None:
     (project / "recipes/evil.yaml").write_text("name: ../../etc\n")
     with pytest.raises(UsageError, match="no usable name"):
-        resolve(str(project / "recipes/evil.yaml"), root=project)
+        resolve(str(project / "recipes/evil.yaml"), root=project, models=project / "models")
 
 
 def test_missing_file_suggests_its_neighbour(project: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve(str(project / "models/demo/demo-Q8_O.gguf"), root=project)
+        resolve(str(project / "models/demo/demo-Q8_O.gguf"), root=project, models=project / "models")
     assert "did you mean demo-Q8_0.gguf?" in caught.value.hint
 
 
 def test_directory_lists_what_it_holds(project: Path) -> None:
     with pytest.raises(UsageError, match="is a directory") as caught:
-        resolve(str(project / "models/demo"), root=project)
+        resolve(str(project / "models/demo"), root=project, models=project / "models")
     assert "demo-Q4_K_M.gguf" in caught.value.hint
 
 
 @pytest.mark.parametrize("typed", ["meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b:Q5_K_M"])
 def test_hub_repository_gets_a_recipe_to_write(project: Path, typed: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve(typed, root=project)
+        resolve(typed, root=project, models=project / "models")
     assert "model: {hub: meta-llama/Llama-2-7b}" in caught.value.evidence
     assert "`./inv quantize recipes/llama-2-7b.yaml`" in caught.value.hint
 
@@ -98,18 +98,18 @@ def test_hub_repository_gets_a_recipe_to_write(project: Path, typed: str) -> Non
 def test_result_of_another_size_than_promised_is_refused(project: Path) -> None:
     (project / "models/demo/demo-Q4_K_M.gguf").write_bytes(b"GG")
     with pytest.raises(ArtifactError) as caught:
-        resolve("demo", root=project)
+        resolve("demo", root=project, models=project / "models")
     assert "2 bytes, the manifest says 4" in caught.value.evidence
 
 
 def test_result_that_was_deleted_is_named(project: Path) -> None:
     (project / "models/demo/demo-Q4_K_M.gguf").unlink()
     with pytest.raises(UsageError, match="is gone"):
-        resolve("demo", root=project)
+        resolve("demo", root=project, models=project / "models")
 
 
 def test_manifest_cannot_point_outside_its_folder(project: Path) -> None:
     manifest = {"recipe": "demo", "artifacts": [{"type": "Q4_K_M", "file": "../../recipes/demo.yaml"}]}
     (project / "models/demo/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="is gone"):
-        resolve("demo", root=project)
+        resolve("demo", root=project, models=project / "models")

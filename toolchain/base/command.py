@@ -55,7 +55,8 @@ def run(
 
     All output goes to ``log`` (appended, behind the command line); the last ``keep`` characters are
     returned. ``env`` is added to our environment (None takes a variable away). Raises MissingError when
-    the program is not there or the disk is full, CommandError (with the last lines, the command and the log) when it fails.
+    the program is not there or the disk is full, CommandError (with the last lines, the command and the
+    log) when it fails.
     """
     command = [str(part) for part in argv]
     started = time.monotonic()

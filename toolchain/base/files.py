@@ -42,7 +42,9 @@ def models_dir() -> Path:
 
 
 def home_dir(name: str) -> Path:
-    """``FOUNDRY_HOME/name``, made when missing. Names in use: sources toolchains hub work logs tune."""
+    """``FOUNDRY_HOME/name``, made when missing. Names in use: sources toolchains hub work logs tune (all of
+    which can be made again) and chat-history.
+    """
     path = foundry_home() / name
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def promote(partial: Path, final: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` to ``path`` in one atomic step."""
     with staged(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> object:
@@ -216,17 +218,19 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_error(error: OSError, path: Path) -> FoundryError | None:
     """The MissingError for a full, read-only or forbidden disk; None for any other error."""
+    ours = foundry_home() in (path, *path.parents)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elsewhere = "set FOUNDRY_HOME to a larger disk" if ours else "choose another place"
         return MissingError(
             f"the disk is full while writing {path}",
             evidence=str(error),
-            hint="free some space, run `inv clean`, or set FOUNDRY_HOME to a larger disk",
+            hint=f"free some space, run `inv clean`, or {elsewhere}",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return MissingError(
             f"no permission to write {path}",
             evidence=str(error),
-            hint="set FOUNDRY_HOME to a directory of yours",
+            hint="set FOUNDRY_HOME to a directory of yours" if ours else "choose a directory of yours",
         )
     return None
 
