@@ -142,3 +142,18 @@ FOREIGN_STARTS: Final[Mapping[bytes, str]] = MappingProxyType(
         b"version https://git-lfs.": "a git-lfs pointer and not the file it stands for; run git lfs pull",
     }
 )
+
+
+def name_format(head: bytes) -> str:
+    """What a file that should have been a GGUF seems to be."""
+    for start, name in FOREIGN_STARTS.items():
+        if head.startswith(start):
+            return name
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page (an error or login page saved in its place)"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return "a safetensors file; it has to be converted"
+    if not head.strip(b"\0"):
+        return "zero bytes (a download that never arrived)" if head else "an empty file"
+    return "JSON text" if text.startswith(b"{") else "a file of unknown format"

@@ -14,20 +14,15 @@ import stat
 import struct
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Final, Literal, Self, TypeAlias, overload
+from typing import BinaryIO, Final, Literal, Self, TypeAlias
 
 from toolchain.base.errors import ArtifactError, UsageError
-from toolchain.base.ggml_types import (
-    FILE_TYPE_GUESSED_BIT,
-    FILE_TYPES,
-    FOREIGN_STARTS,
-    GGML_TYPES,
-    REMOVED_GGML_TYPES,
-)
+from toolchain.base.ggml_types import GGML_TYPES, REMOVED_GGML_TYPES, name_format
+from toolchain.base.gguf_header import U64, GgufHeader, Kind, MetadataValue, StringArray, TensorInfo
 
 __all__ = [
     "GGML_TYPES",
@@ -39,8 +34,6 @@ __all__ = [
     "TensorInfo",
     "read_header",
 ]
-
-Kind: TypeAlias = Literal["model", "adapter", "vocab", "imatrix", "mmproj", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,152 +47,6 @@ class HeaderLimits:
     array_items: int = 8 * 2**20
     alignment: int = 2 * 2**20
     layers: int = 4_096
-
-
-@dataclass(frozen=True)
-class StringArray(Sequence[str]):
-    """Strings decoded when asked for; bytes that are not UTF-8 (old token pieces) as surrogate escapes."""
-
-    _packed: bytes
-    _starts: array[int]
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
-        if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        start = self._starts[index]
-        (length,) = _U64.unpack_from(self._packed, start - 8)
-        return self._packed[start : start + length].decode("utf-8", "surrogateescape")
-
-
-# Arrays of numbers are read-only views: index, iterate, len() and tuple() them.
-MetadataValue: TypeAlias = (
-    "str | int | float | bool | StringArray | memoryview[int] | memoryview[float] | memoryview[bool]"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """One tensor: ``shape`` in ggml order (ne[0] first), ``offset`` in bytes from the data's start."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    offset: int
-    nbytes: int
-
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufHeader:
-    """A checked header: every tensor lies inside the file, every name is unique, known keys have their type.
-
-    Sizes are of this one file; of a split model each shard has its own header.
-    """
-
-    path: Path
-    version: int
-    byte_order: Literal["little"]
-    metadata: Mapping[str, MetadataValue] = field(repr=False, hash=False)
-    tensors: tuple[TensorInfo, ...] = field(repr=False)
-    alignment: int
-    data_offset: int
-    file_bytes: int
-
-    @property
-    def kind(self) -> Kind:
-        declared = self.text("general.type")
-        if self.architecture == "clip" or declared == "mmproj":
-            return "mmproj"
-        if declared not in (None, "model"):
-            return "adapter" if declared == "adapter" else "imatrix" if declared == "imatrix" else "other"
-        return "model" if self.tensors or self.split else "vocab"
-
-    @property
-    def architecture(self) -> str:
-        """Such as "llama"; empty for an importance matrix and for every shard but the first."""
-        return self.text("general.architecture") or ""
-
-    @property
-    def file_type(self) -> str | None:
-        """The mix the quantizer was asked for, such as "Q4_K_M"."""
-        number = self.metadata.get("general.file_type")
-        if not isinstance(number, int):
-            return None
-        return FILE_TYPES.get(number & ~FILE_TYPE_GUESSED_BIT, f"file type {number}")
-
-    @property
-    def n_params(self) -> int:
-        return sum(tensor.n_elements for tensor in self.tensors)
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """0.0 where there are no tensors."""
-        return 8 * self.tensor_bytes / self.n_params if self.tensors else 0.0
-
-    @property
-    def n_ctx_train(self) -> int | None:
-        return self.arch_int("context_length")
-
-    @property
-    def n_layer(self) -> int | None:
-        return self.arch_int("block_count")
-
-    @property
-    def n_vocab(self) -> int | None:
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        return len(tokens) if isinstance(tokens, StringArray) else self.arch_int("vocab_size")
-
-    @property
-    def chat_template(self) -> str | None:
-        return self.text("tokenizer.chat_template")
-
-    @property
-    def split(self) -> tuple[int, int] | None:
-        """(number of this shard from 0, number of shards); None for a whole file."""
-        no, count = self.metadata.get("split.no"), self.metadata.get("split.count")
-        return (no, count) if isinstance(no, int) and isinstance(count, int) and count > 1 else None
-
-    @property
-    def shard_paths(self) -> tuple[Path, ...]:
-        """The files of the model, this one among them, by llama.cpp's naming (x-00001-of-00003.gguf)."""
-        if self.split is None:
-            return (self.path,)
-        no, count = self.split
-        stem, tail = self.path.name[:-20], f"-{no + 1:05d}-of-{count:05d}.gguf"
-        if self.path.name != stem + tail:
-            what = f"{self.path.name}: shard {no + 1} of {count} by its header, but not by its name"
-            raise ArtifactError(what, evidence=str(self.path), hint=f"rename it to end in {tail}")
-        return tuple(self.path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1))
-
-    def text(self, key: str) -> str | None:
-        value = self.metadata.get(key)
-        return value if isinstance(value, str) else None
-
-    def arch_int(self, suffix: str) -> int | None:
-        """The integer under ``<architecture>.<suffix>``; None if absent or not one integer."""
-        value = self.metadata.get(f"{self.architecture}.{suffix}")
-        return value if type(value) is int else None
-
-    def arch_ints(self, suffix: str) -> tuple[int, ...] | None:
-        """That key layer by layer: the array, or one integer repeated (head_count_kv may be either)."""
-        value = self.metadata.get(f"{self.architecture}.{suffix}")
-        if isinstance(value, memoryview):
-            return None if value.format in ("f", "d") else tuple(int(item) for item in value)
-        return (value,) * (self.n_layer or 1) if type(value) is int else None
 
 
 def read_header(path: Path, *, limits: HeaderLimits = HeaderLimits()) -> GgufHeader:
@@ -218,7 +65,6 @@ def read_header(path: Path, *, limits: HeaderLimits = HeaderLimits()) -> GgufHea
 _NumberCode: TypeAlias = Literal["B", "b", "H", "h", "I", "i", "f", "?", "Q", "q", "d"]
 
 _CHUNK: Final = 64 * 1024
-_U64: Final = struct.Struct("<Q")
 _U32_TYPE, _STRING_TYPE, _ARRAY_TYPE = 4, 8, 9
 # By value type number (enum gguf_type of gguf.h), as struct and memoryview spell it.
 _NUMBERS: Final[Mapping[int, _NumberCode]] = {
@@ -319,7 +165,7 @@ class _Cursor:
                 room = min(self.left, self.limits.header_bytes - self.at)
                 packed += self.take(max(wanted, min(_CHUNK, room)), label)
                 continue
-            (length,) = _U64.unpack_from(packed, end)
+            (length,) = U64.unpack_from(packed, end)
             if length > self.file_bytes - first - end - 8:
                 self.point(f"length of {label}[{len(starts)}]", first + end)
                 raise self.lie("a string runs past the end of the file", length)
@@ -359,7 +205,7 @@ def _parse(cursor: _Cursor) -> GgufHeader:
 def _read_version(cursor: _Cursor) -> int:
     head = cursor.file.read(256)
     if head[:4] != b"GGUF":
-        raise cursor.lie(f"not a GGUF but {_name_format(head)}", head[:8])
+        raise cursor.lie(f"not a GGUF but {name_format(head)}", head[:8])
     cursor.at = cursor.file.seek(4)
     match cursor.number("I", "version"):
         case 2 | 3 as version:
@@ -371,21 +217,6 @@ def _read_version(cursor: _Cursor) -> int:
             raise cursor.lie("a big-endian GGUF", version, hint=hint)
         case version:
             raise cursor.lie("neither GGUF version 2 nor 3", version, hint=_NEWER)
-
-
-def _name_format(head: bytes) -> str:
-    """What a file that should have been a GGUF seems to be."""
-    for start, name in FOREIGN_STARTS.items():
-        if head.startswith(start):
-            return name
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page (an error or login page saved in its place)"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return "a safetensors file; it has to be converted"
-    if not head.strip(b"\0"):
-        return "zero bytes (a download that never arrived)" if head else "an empty file"
-    return "JSON text" if text.startswith(b"{") else "a file of unknown format"
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
