@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from toolchain.base import command, machine
+from toolchain.base import command, files, machine
 from toolchain.base.command import OnProgress
 from toolchain.stages import corpus, demo_model, hub
 from toolchain.stages.convert import check_model_dir
@@ -28,9 +28,15 @@ class MakeDemo(Stage):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        recipe = repr(demo_model.PRESETS[self.preset])
-        text = [corpus.corpus_digest("train"), metadata.version("torch")]
-        return {"stage": "demo", "preset": recipe, "text": text}
+        program = files.sha256_file(Path(demo_model.__file__))
+        text = corpus.corpus_digest("train")
+        return {
+            "stage": "demo",
+            "preset": self.preset,
+            "program": program,
+            "text": text,
+            "torch": metadata.version("torch"),
+        }
 
     @property
     def bytes(self) -> int:
