@@ -60,7 +60,7 @@ def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
 def build(
     c: Context,
     source: str | None = None,
-    define: Sequence[str] = (),
+    define: Sequence[str] | None = None,
     jobs: str | None = None,
     update: bool = False,
     no_use: bool = False,
@@ -70,7 +70,7 @@ def build(
     """Fetch and compile llama.cpp once; package and prove the Python bindings on it."""
     from toolchain.build import verbs
 
-    request = verbs.request(source=source, defines=define, jobs=jobs, update=update)
+    request = verbs.request(source=source, defines=define or (), jobs=jobs, update=update)
     if dry_run:
         verbs.show_configuration(request, as_json=json)
     else:
