@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from invoke.context import Context
+from invoke.exceptions import ParseError
+from invoke.program import Program
 from invoke.tasks import task
 
 from toolchain.base import command, console, files
@@ -159,3 +163,37 @@ def schema(c: Context) -> None:
     from toolchain.pipeline import verbs
 
     verbs.write_schema(files.PROJECT_ROOT / "recipes")
+
+
+class Front(Program):
+    """invoke's own program, but a mistake on the command line is a usage error (2), with what was meant."""
+
+    def parse_core(self, argv: list[str] | None) -> None:
+        try:
+            super().parse_core(argv)
+        except ParseError as error:
+            self._refuse(error)
+
+    def parse_tasks(self) -> None:
+        try:
+            super().parse_tasks()
+        except ParseError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: ParseError) -> NoReturn:
+        typed = next(iter(re.findall(r"'([^']+)'", str(error))), "")
+        in_task = error.context if error.context and error.context.name else None
+        if in_task:
+            known, usual = [*in_task.flags], f"`./inv --help {in_task.name}` shows its options"
+        else:
+            known, usual = (
+                [*self.collection.task_names] if hasattr(self, "collection") else [],
+                "`./inv` lists the tasks",
+            )
+        near = difflib.get_close_matches(typed, known, n=1)
+        console.failure(UsageError(str(error).rstrip("!"), hint=f"did you mean {near[0]}?" if near else usual))
+        sys.exit(UsageError.exit_code)
+
+
+if __name__ == "__main__":
+    Front(name="inv", binary="inv").run()

@@ -22,7 +22,7 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
 
 def inv_argv(*arguments: str | Path) -> list[str]:
     """What `./inv ARGUMENTS` executes once the environment stands."""
-    return [sys.executable, "-m", "invoke", *map(str, arguments)]
+    return [sys.executable, "tasks.py", *map(str, arguments)]
 
 
 def inv(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,24 @@ def test_a_corpus_that_is_too_short_says_so(demo_full: Path, models: Path, tmp_p
     assert done.returncode in (5, 6), done.stderr
     assert "too short" in done.stderr
     assert len(list(models.rglob("*.gguf"))) == 1, "the quantized file is kept"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_in_a_model_folder_runs_only_when_trusted(
+    demo: dict[str, Any], models: Path, tmp_path: Path, trusted: bool
+) -> None:
+    """The demo's folder with a tokenizer class of its own, whose code leaves a mark when it is run."""
+    folder, mark = tmp_path / "with-code", tmp_path / "mark"
+    shutil.copytree(next((files.home_dir("work") / "steps").glob("*/tiny")), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").unlink()  # without it the converter goes through AutoTokenizer
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\nclass Own: pass\n")
+    recipe = tmp_path / "code.yaml"
+    trust = ", trust_remote_code: true" if trusted else ""
+    recipe.write_text(f"name: code\nmodel: {{path: with-code{trust}}}\nquantize: [Q8_0]\n")
+    done = inv("quantize", recipe)
+    assert done.returncode == 5, done.stderr
+    assert mark.exists() is trusted
+    assert "trust_remote_code" in done.stderr

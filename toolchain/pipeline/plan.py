@@ -12,7 +12,7 @@ from toolchain.base.gguf import read_header
 from toolchain.build.toolchain import Toolchain
 from toolchain.pipeline.recipe import BUILTIN_CORPUS, Recipe
 from toolchain.stages import demo_model, hub
-from toolchain.stages.convert import Convert, check_model_dir, count_params
+from toolchain.stages.convert import Convert, check_model_dir, count_params, model_files
 from toolchain.stages.evaluate import Evaluate
 from toolchain.stages.fetch import CopyCorpus, FetchHub, MakeDemo, WriteCorpus
 from toolchain.stages.quantize import Quantize
@@ -74,10 +74,14 @@ def describe_source(recipe: Recipe, recipe_dir: Path, *, update: bool = False) -
     if model.path is not None:
         path = recipe_dir / Path(model.path).expanduser()
         check_model_dir(path)
-        names = sorted(p for p in path.iterdir() if p.is_file())
-        content = files.digest([[p.name, files.known_sha256(p)] for p in names])
+        content = files.digest([[name, files.known_sha256(path / name)] for name in model_files(path)])
         return Source(
-            kind="path", name=path.name, commit=None, digest=content, n_params=count_params(path), model_dir=path
+            kind="path",
+            name=path.resolve().name,
+            commit=None,
+            digest=content,
+            n_params=count_params(path),
+            model_dir=path,
         )
     assert model.gguf is not None
     path = recipe_dir / Path(model.gguf).expanduser()
@@ -182,6 +186,8 @@ def _plan_conversion(
             model_dir = source.model_dir
     convert = Convert(
         model_dir=model_dir,
+        model_name=source.name.rpartition("/")[2] if source.kind != "demo" else f"demo {source.name}",
+        trust_remote_code=recipe.model.trust_remote_code,
         outtype=recipe.convert.outtype,
         convert_dir=toolchain.convert_dir,
         toolchain_id=toolchain.id,

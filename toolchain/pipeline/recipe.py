@@ -39,6 +39,8 @@ class Model(_Strict):
     demo: str | None = Field(None, description="a model that is made on this machine: tiny or tiny-mha")
     revision: str | None = Field(None, description="hub only: branch, tag or commit; main when left out")
 
+    trust_remote_code: bool = Field(False, description="path only: let the tokenizer's own Python code run")
+
     @field_validator("demo")
     @classmethod
     def _known_demo(cls, value: str | None) -> str | None:
@@ -54,6 +56,8 @@ class Model(_Strict):
             raise ValueError(f"exactly one of hub, path, gguf and demo is needed; {given}")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision goes with hub only")
+        if self.trust_remote_code and self.path is None:
+            raise ValueError("trust_remote_code goes with path only: code is never fetched from the hub")
         return self
 
 

@@ -6,13 +6,14 @@ import json
 import re
 import struct
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from toolchain.base import command
+from toolchain.base import command, files
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
@@ -24,9 +25,15 @@ BYTES_PER_WEIGHT: Mapping[str, int] = {"auto": 2, "f32": 4, "f16": 2, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Stage):
-    """Convert ``model_dir`` with the converter in ``convert_dir``. ``n_params`` is for the estimate only."""
+    """Convert ``model_dir`` with the converter in ``convert_dir``. ``n_params`` is for the estimate only.
+
+    The converter asks transformers to run a tokenizer's own Python code. Unless ``trust_remote_code`` allows
+    it, the converter is shown the folder without its ``*.py`` files.
+    """
 
     model_dir: Path
+    model_name: str
+    trust_remote_code: bool
     outtype: OutType
     convert_dir: Path
     toolchain_id: str
@@ -40,27 +47,34 @@ class Convert(Stage):
     def identity(self) -> Mapping[str, object]:
         # the tokenizer's conversion goes through transformers
         versions = {name: _version(name) for name in ("transformers", "sentencepiece")}
-        return {"stage": "convert", "outtype": self.outtype, "toolchain": self.toolchain_id, **versions}
+        asked = {"outtype": self.outtype, "name": self.model_name, "code": self.trust_remote_code}
+        return {"stage": "convert", **asked, "toolchain": self.toolchain_id, **versions}
 
     @property
     def bytes(self) -> int:
         return self.n_params * BYTES_PER_WEIGHT[self.outtype]
 
     def command(self, output: Path) -> tuple[str, ...]:
-        script = self.convert_dir / "convert_hf_to_gguf.py"
-        return (sys.executable, str(script), str(self.model_dir), "--outfile", str(output), "--outtype", self.outtype)
+        return self._command(self.model_dir, output)
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
-        command.run(
-            self.command(output),
-            what="converting the model",
-            # what is in the folder is all there is: no look-ups on the hub while converting
-            env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": None},
-            log=log,
-            parse=parse_percent,
-            on_progress=on_progress,
-            hint="an architecture or tokenizer that this llama.cpp does not know needs a newer `inv build --source`",
-        )
+        with tempfile.TemporaryDirectory(dir=files.home_dir("work"), prefix="model-") as scratch:
+            shown = Path(scratch) / self.model_dir.name
+            shown.mkdir()
+            for part in self.model_dir.iterdir():
+                if self.trust_remote_code or part.suffix != ".py":
+                    (shown / part.name).symlink_to(part.resolve())
+            command.run(
+                self._command(shown, output),
+                what="converting the model",
+                # what is in the folder is all there is: no look-ups on the hub while converting
+                env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": None},
+                log=log,
+                parse=parse_percent,
+                on_progress=on_progress,
+                hint="an architecture or tokenizer that this llama.cpp does not know needs a newer `inv build "
+                "--source`; a tokenizer with Python code of its own needs that code and `trust_remote_code: true`",
+            )
 
     def check(self, output: Path) -> Mapping[str, object]:
         """The header is sound and holds at least the model's tensors."""
@@ -68,6 +82,11 @@ class Convert(Stage):
         if not header.tensors:
             raise ArtifactError(f"the converter wrote no tensors to {output}", hint="run it again; read the log")
         return {"n_params": header.n_params, "tensors": len(header.tensors)}
+
+    def _command(self, model_dir: Path, output: Path) -> tuple[str, ...]:
+        script = self.convert_dir / "convert_hf_to_gguf.py"
+        target = ("--outfile", str(output), "--outtype", self.outtype, "--model-name", self.model_name)
+        return (sys.executable, str(script), str(model_dir), *target)
 
 
 def parse_percent(recent: str) -> tuple[int, int] | None:
@@ -87,6 +106,12 @@ def check_model_dir(path: Path) -> None:
             evidence=f"it holds: {', '.join(sorted(names)[:12]) or 'nothing'}",
             hint="it needs config.json, the tokenizer's files and *.safetensors; for a .gguf use model.gguf",
         )
+
+
+def model_files(path: Path) -> list[str]:
+    """Relative names of the files in a model folder, sorted; hidden ones (a clone's .git) do not count."""
+    names = [p.relative_to(path) for p in path.rglob("*") if p.is_file()]
+    return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def count_params(model_dir: Path) -> int:

@@ -1,0 +1,75 @@
+"""A recipe with `model: {hub: ...}` against a hub on loopback, through `inv quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from tests.front_door import inv, inv_json
+from tests.loopback_hub import GOOD_TOKEN, LoopbackHub, serve_hub
+from toolchain.base import files
+
+RECIPE = "name: from-hub\nmodel: {hub: acme/tiny, revision: main}\nquantize: [Q4_K_M]\n"
+
+
+@pytest.fixture(scope="module")
+def hub(demo: dict[str, Any]) -> Iterator[LoopbackHub]:
+    """The demo's folder served as acme/tiny."""
+    folder = next((files.home_dir("work") / "steps").glob("*/tiny"))
+    with serve_hub({"acme/tiny": folder}) as served:
+        yield served
+
+
+@pytest.fixture
+def recipe(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe, with results and hub cache of the test's own and no token from outside."""
+    monkeypatch.setenv("FOUNDRY_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub.faults("acme/tiny").gated = False
+    for cached in (files.home_dir("hub")).glob("models--acme--tiny"):
+        files.remove(cached, within=files.foundry_home())
+    path = tmp_path / "from-hub.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_hub_model_is_pinned_fetched_and_quantized(
+    recipe: Path, hub: LoopbackHub, demo_gguf: Path, tmp_path: Path
+) -> None:
+    plan = inv_json("quantize", recipe, "--dry-run")
+    commit = plan["source"]["commit"]
+    assert len(commit) == 40
+    made = Path(inv_json("quantize", recipe)["artifacts"][0]["path"])
+    same = [t.data.tobytes() for t in gguf.GGUFReader(demo_gguf).tensors]
+    assert [t.data.tobytes() for t in gguf.GGUFReader(made).tensors] == same
+    assert files.read_json(made.with_name("source.json"))["commit"] == commit  # type: ignore[index]
+    before = len(hub.log)
+    again = inv_json("quantize", recipe)
+    assert all(step["reused"] for step in again["steps"])
+    assert len(hub.log) == before, "the recorded commit is used without asking the hub"
+    inv_json("quantize", recipe, "--update")
+    assert len(hub.log) > before
+
+
+def test_a_gated_model_says_how_to_get_a_token_and_then_works(recipe: Path, hub: LoopbackHub) -> None:
+    hub.faults("acme/tiny").gated = True
+    done = inv("quantize", recipe)
+    assert done.returncode == 4, done.stderr
+    assert "gated" in done.stderr
+    assert "settings/tokens" in done.stderr
+    assert "HF_TOKEN" in done.stderr
+    opened = inv("quantize", recipe, env={"HF_TOKEN": GOOD_TOKEN})
+    assert opened.returncode == 0, opened.stderr
+    assert GOOD_TOKEN not in opened.stderr + opened.stdout
+
+
+def test_no_hub_at_all_is_a_fetch_error(recipe: Path) -> None:
+    done = inv("quantize", recipe, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.returncode == 4, done.stderr
+    assert "cannot reach" in done.stderr
