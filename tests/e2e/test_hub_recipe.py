@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from tests.front_door import inv, inv_json
-from tests.loopback_hub import GOOD_TOKEN, LoopbackHub, serve_hub
+from tests.loopback_hub import GOOD_TOKEN, Faults, LoopbackHub, serve_hub
 from toolchain.base import files
 
 RECIPE = "name: from-hub\nmodel: {hub: acme/tiny, revision: main}\nquantize: [Q4_K_M]\n"
@@ -18,22 +18,19 @@ RECIPE = "name: from-hub\nmodel: {hub: acme/tiny, revision: main}\nquantize: [Q4
 
 @pytest.fixture(scope="module")
 def hub(demo: dict[str, Any]) -> Iterator[LoopbackHub]:
-    """The demo's folder served as acme/tiny."""
+    """The demo's folder served as acme/tiny, and as acme/gated behind a licence."""
     folder = next((files.home_dir("work") / "steps").glob("*/tiny"))
-    with serve_hub({"acme/tiny": folder}) as served:
+    with serve_hub({"acme/tiny": folder, "acme/gated": folder}, {"acme/gated": Faults(gated=True)}) as served:
         yield served
 
 
 @pytest.fixture
 def recipe(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The recipe, with results and hub cache of the test's own and no token from outside."""
+    """The recipe, with results of the test's own and no token from outside."""
     monkeypatch.setenv("FOUNDRY_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    hub.faults("acme/tiny").gated = False
-    for cached in (files.home_dir("hub")).glob("models--acme--tiny"):
-        files.remove(cached, within=files.foundry_home())
     path = tmp_path / "from-hub.yaml"
     path.write_text(RECIPE)
     return path
@@ -57,8 +54,10 @@ def test_a_hub_model_is_pinned_fetched_and_quantized(
     assert len(hub.log) > before
 
 
-def test_a_gated_model_says_how_to_get_a_token_and_then_works(recipe: Path, hub: LoopbackHub) -> None:
-    hub.faults("acme/tiny").gated = True
+def test_a_gated_model_says_how_to_get_a_token_and_then_works(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace("acme/tiny", "acme/gated"))
+    for cached in files.home_dir("hub").glob("models--acme--gated"):
+        files.remove(cached, within=files.foundry_home())
     done = inv("quantize", recipe)
     assert done.returncode == 4, done.stderr
     assert "gated" in done.stderr

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.front_door import ROOT, inv, inv_json, leftovers
 from toolchain.base import files
@@ -235,13 +236,17 @@ def test_a_corpus_that_is_too_short_says_so(demo_full: Path, models: Path, tmp_p
 def test_code_in_a_model_folder_runs_only_when_trusted(
     demo: dict[str, Any], models: Path, tmp_path: Path, trusted: bool
 ) -> None:
-    """The demo's folder with a tokenizer class of its own, whose code leaves a mark when it is run."""
+    """A model of 2023's Qwen architecture, whose tokenizer is code in its folder, which leaves a mark when run."""
     folder, mark = tmp_path / "with-code", tmp_path / "mark"
-    shutil.copytree(next((files.home_dir("work") / "steps").glob("*/tiny")), folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").unlink()  # without it the converter goes through AutoTokenizer
+    folder.mkdir()
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 4, "intermediate_size": 8, "seq_length": 8}
+    more = {"num_attention_heads": 1, "layer_norm_epsilon": 1e-5, "rotary_emb_base": 1e4}
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **sizes, **more})
+    )
+    owned = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(owned))
+    save_file({"transformer.wte.weight": np.zeros((4, 8), np.float32)}, folder / "model.safetensors")
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\nclass Own: pass\n")
     recipe = tmp_path / "code.yaml"
     trust = ", trust_remote_code: true" if trusted else ""
