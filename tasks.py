@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import signal
 import sys
@@ -20,7 +21,7 @@ from invoke.tasks import task
 from toolchain.base import command, console, files
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, UsageError
 
-DEMO_RECIPE = "recipes/demo.yaml"
+DEMO_RECIPE = files.PROJECT_ROOT / "recipes" / "demo.yaml"
 TIERS = ("unit", "build", "e2e", "fault", "gpu")
 
 
@@ -37,6 +38,8 @@ def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
             except FoundryError as error:
                 console.failure(error)
                 sys.exit(error.exit_code)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
             except KeyboardInterrupt:
                 console.warn("interrupted; what was finished is kept, and the same command goes on from there")
                 sys.exit(INTERRUPTED_EXIT_CODE)
@@ -120,17 +123,15 @@ def verify(c: Context, file: str) -> None:
 @foundry_task(help={"prompt": "what to say to the model"})
 def demo(c: Context, prompt: str = "The import statement") -> None:
     """From nothing to text: build, make a small model, quantize it, judge it, let it talk."""
-    from toolchain.build import verbs as build_verbs
     from toolchain.pipeline import verbs
 
-    build_verbs.build_and_use(build_verbs.request(), use=True, quiet=True)
-    verbs.quantize(Path(DEMO_RECIPE))
-    argv = (sys.executable, "-m", "runtime", "complete", DEMO_RECIPE, "-p", prompt, "-n", "64", "--seed", "1")
+    verbs.quantize(DEMO_RECIPE)
+    argv = (sys.executable, "-m", "runtime", "complete", str(DEMO_RECIPE), "-p", prompt, "-n", "64", "--seed", "1")
     console.say(f"$ python {command.shown(argv[1:])}")
     command.attach(argv, what="generating text")
 
 
-@foundry_task(help={"toolchains": "also all toolchains but the current one", "all": "everything under FOUNDRY_HOME"})
+@foundry_task(help={"toolchains": "also all toolchains but the current one", "all": "all that can be made again"})
 def clean(c: Context, toolchains: bool = False, all: bool = False) -> None:
     """Delete what can be rebuilt: intermediate files and logs; results in models/ stay."""
     from toolchain.build import verbs
@@ -144,7 +145,8 @@ def test_(c: Context, tier: str | None = None, k: str | None = None) -> None:
     if tier is not None and tier not in TIERS:
         raise UsageError(f"no test tier {tier}", hint=f"there are: {', '.join(TIERS)}")
     folders = [f"tests/{name}" for name in ([tier] if tier else TIERS[:-1])]
-    command.attach((sys.executable, "-m", "pytest", *folders, *(("-k", k) if k else ())), what="tests")
+    argv = (sys.executable, "-m", "pytest", *folders, *(("-k", k) if k else ()))
+    command.attach(argv, what="tests", cwd=files.PROJECT_ROOT)
 
 
 @foundry_task()
@@ -153,7 +155,8 @@ def check(c: Context) -> None:
     from toolchain.pipeline import verbs
 
     for argv in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("lint-imports",)):
-        command.attach((Path(sys.executable).parent / argv[0], *argv[1:]), what=" ".join(argv))
+        tool = Path(sys.executable).parent / argv[0]
+        command.attach((tool, *argv[1:]), what=" ".join(argv), cwd=files.PROJECT_ROOT)
     verbs.check_schema(files.PROJECT_ROOT / "recipes")
 
 

@@ -150,7 +150,7 @@ def _load(path: Path, settings: Settings, arguments: argparse.Namespace, interru
 
     engine = load(path, settings, verbose=arguments.verbose, interrupt=interrupt)
     if settings.number("n_gpu_layers") != 0 and not engine.offloads:
-        console.warn("this build of the library has no GPU backend, all layers run on the CPU: `./inv build --cuda`")
+        console.warn("this build has no GPU backend, all layers run on the CPU: `./inv build --define GGML_CUDA=ON`")
     return engine
 
 

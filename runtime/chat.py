@@ -164,7 +164,7 @@ def save(session: Session, name: str, *, overwrite: bool = False) -> Path:
     """Write the messages to ``name`` as a JSON list, in one atomic step; the path written."""
     if not name:
         raise UsageError("no file named", hint="/save talk.json")
-    path = Path(name).expanduser()
+    path = files.expand(name)
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint=f"/save {path / 'talk.json'}")
     if path.exists() and not overwrite:

@@ -6,16 +6,12 @@ ends in the kernel's killer and not in an error: it has to be refused before.
 
 from __future__ import annotations
 
-from typing import Final
-
 from runtime.settings import Settings
 from toolchain.base.console import format_bytes
 from toolchain.base.errors import MemoryFitError
-from toolchain.base.ggml_types import GGML_TYPES
+from toolchain.base.ggml_types import GGML_TYPES_BY_NAME
 from toolchain.base.gguf import GgufHeader
 from toolchain.base.machine import Machine
-
-_TYPES: Final = {kind.name: kind for kind in GGML_TYPES.values()}
 
 
 def kv_bytes_per_token(header: GgufHeader, type_k: str, type_v: str) -> float:
@@ -37,8 +33,8 @@ def kv_bytes_per_token(header: GgufHeader, type_k: str, type_v: str) -> float:
 
 
 def require_context_fits(header: GgufHeader, settings: Settings, machine: Machine) -> None:
-    """Raise MemoryFitError when the cache alone exceeds this machine's memory; the GPU's is not judged here."""
-    if settings.number("n_gpu_layers") != 0:
+    """Raise MemoryFitError when the cache alone exceeds this machine's memory; a GPU's is not judged here."""
+    if machine.gpus and settings.number("n_gpu_layers") != 0:
         return
     per_token = kv_bytes_per_token(header, settings.text("type_k"), settings.text("type_v"))
     wanted = per_token * settings.number("n_ctx")
@@ -51,5 +47,5 @@ def require_context_fits(header: GgufHeader, settings: Settings, machine: Machin
 
 
 def _bytes_per_element(kv_type: str) -> float:
-    kind = _TYPES[kv_type.upper()]
+    kind = GGML_TYPES_BY_NAME[kv_type.upper()]
     return kind.block_bytes / kind.block_size

@@ -19,7 +19,7 @@ _ENCODER_DECODERS: Final = frozenset({"t5"})
 _DIFFUSION: Final = frozenset({"dream", "llada", "llada-moe", "rnd1"})
 _OTHER_KINDS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "adapter": ("is a LoRA adapter, not a model", "merge it into its base: `./inv merge recipes/lora/X.yaml`"),
+        "adapter": ("is a LoRA adapter, not a model", "name the base model that it was trained on"),
         "vocab": ("holds a vocabulary and no weights", "name the model's own file"),
         "imatrix": ("is an importance matrix, not a model", "name the model that was made with it"),
         "mmproj": ("is the vision or audio part of a model", "name the language model's file"),

@@ -37,9 +37,9 @@ def resolve(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None 
     ArtifactError when a recipe's result is not what its manifest says.
     """
     models = models or files.models_dir()
-    path = Path(typed).expanduser()
+    path = files.expand(typed)
     if match := _RECIPE.fullmatch(typed):
-        recipe = _find_recipe(Path(match["path"]).expanduser(), root)
+        recipe = _find_recipe(files.expand(match["path"]), root)
         return _result(_recipe_name(recipe), match["type"], models, quantize=_shown(recipe, root))
     if path.is_dir():
         raise _is_directory(path)

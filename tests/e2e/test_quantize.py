@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,9 +234,11 @@ def test_a_corpus_that_is_too_short_says_so(demo_full: Path, models: Path, tmp_p
     assert len(list(models.rglob("*.gguf"))) == 1, "the quantized file is kept"
 
 
-@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    ("named", "trusted"), [("own", True), ("own", False), ("code/own", False), ("FOLDER--own", False)]
+)
 def test_code_in_a_model_folder_runs_only_when_trusted(
-    demo: dict[str, Any], models: Path, tmp_path: Path, trusted: bool
+    toolchain: Toolchain, models: Path, tmp_path: Path, named: str, trusted: bool
 ) -> None:
     """A model of 2023's Qwen architecture, whose tokenizer is code in its folder, which leaves a mark when run."""
     folder, mark = tmp_path / "with-code", tmp_path / "mark"
@@ -244,14 +248,57 @@ def test_code_in_a_model_folder_runs_only_when_trusted(
     (folder / "config.json").write_text(
         json.dumps({"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **sizes, **more})
     )
-    owned = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    module = named.replace("FOLDER", str(folder))
+    owned = {"auto_map": {"AutoTokenizer": [f"{module}.Own", None]}, "tokenizer_class": "Own"}
     (folder / "tokenizer_config.json").write_text(json.dumps(owned))
     save_file({"transformer.wte.weight": np.zeros((4, 8), np.float32)}, folder / "model.safetensors")
-    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\nclass Own: pass\n")
+    (folder / "code").mkdir()
+    for place in (folder, folder / "code"):
+        (place / "own.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\nclass Own: pass\n")
     recipe = tmp_path / "code.yaml"
     trust = ", trust_remote_code: true" if trusted else ""
     recipe.write_text(f"name: code\nmodel: {{path: with-code{trust}}}\nquantize: [Q8_0]\n")
     done = inv("quantize", recipe)
     assert done.returncode == 5, done.stderr
     assert mark.exists() is trusted
-    assert "trust_remote_code" in done.stderr
+    assert ("trust_remote_code: true" in done.stderr) is not trusted
+
+
+def test_two_recipes_on_one_model_share_its_conversion(demo: dict[str, Any], models: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"name: {name}\nmodel: {{demo: tiny}}\nquantize: [Q4_0]\n")
+        answer = inv_json("quantize", recipe)
+        assert [s["id"] for s in answer["steps"] if not s["reused"]] == ["quantize Q4_0"]
+
+
+def test_a_recipe_of_the_same_name_for_another_model_is_refused(
+    demo: dict[str, Any], demo_full: Path, models: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first.yaml"
+    first.write_text("name: mine\nmodel: {demo: tiny}\nquantize: [Q8_0]\n")
+    inv_json("quantize", first)
+    second = tmp_path / "second.yaml"
+    second.write_text(f"name: mine\nmodel: {{gguf: {demo_full}}}\nquantize: [Q8_0]\n")
+    done = inv("quantize", second)
+    assert done.returncode == 2
+    assert "another model" in done.stderr
+    assert all(step["reused"] for step in inv_json("quantize", first)["steps"])
+
+
+def test_a_model_path_may_be_the_recipes_own_folder(demo: dict[str, Any], models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with space é"
+    shutil.copytree(next((files.home_dir("work") / "steps").glob("*/tiny")), folder)
+    (folder / "here.yaml").write_text("name: here\nmodel: {path: .}\nquantize: [Q4_0]\n")
+    answer = inv_json("quantize", os.path.relpath(folder / "here.yaml", ROOT))
+    metadata = read_header(Path(answer["artifacts"][0]["path"])).metadata
+    assert metadata["foundry.source"] == "path:with space é"
+
+
+def test_the_demo_task_ends_with_text_and_its_second_run_runs_no_step(demo: dict[str, Any]) -> None:
+    for _ in range(2):
+        done = inv("demo")
+        assert done.returncode == 0, done.stderr
+        assert "demo-Q4_K_M.gguf" in done.stdout
+        assert len(done.stdout.splitlines()) > 5, "the table, then text"
+    assert "all steps were done already" in done.stderr

@@ -80,10 +80,12 @@ def test_a_tree_digest_sees_names_contents_and_links(tmp_path: Path) -> None:
     seen.add(files.tree_digest(tmp_path))
     (tmp_path / "c").symlink_to("b")
     seen.add(files.tree_digest(tmp_path))
+    (tmp_path / "d").symlink_to("/tmp", target_is_directory=True)
+    seen.add(files.tree_digest(tmp_path))
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("x")
     seen.add(files.tree_digest(tmp_path))
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_nothing_outside_is_deleted(tmp_path: Path) -> None:
@@ -98,3 +100,28 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(MissingError) as caught:
         files.require_free(tmp_path / "not" / "there", 1 << 60, "a very large model")
     assert "GiB free" in caught.value.evidence
+
+
+def test_two_writers_of_one_json_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom toolchain.base import files\n"
+        f"for i in range(200): files.write_json(Path({str(tmp_path / 'x.json')!r}), {{'i': i}})\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(2)]
+    assert [child.wait(timeout=60) for child in both] == [0, 0]
+    assert files.read_json(tmp_path / "x.json") == {"i": 199}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_home_in_use_is_not_cleaned(tmp_path: Path) -> None:
+    with files.home_in_use(), files.home_in_use(), files.home_alone() as alone:
+        assert not alone
+    with files.home_alone() as alone:
+        assert alone
+
+
+def test_a_home_that_is_a_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path / "file"))
+    with pytest.raises(MissingError, match="cannot write"):
+        files.home_dir("work")

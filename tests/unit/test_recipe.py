@@ -45,6 +45,9 @@ def test_short_and_long_forms_are_read(tmp_path: Path) -> None:
         ("  - Q4_K_M", "  - Q4_K_N", 5, "did you mean Q4_K_S?"),
         ("  - Q4_K_M", "  - IQ2_XXS", 5, "importance matrix"),
         ("  - Q4_K_M", "  - Q4_K_M\n  - q4_k_m", 1, "Q4_K_M twice"),
+        ("  - Q4_K_M", "  - IQ3_XS", 5, "importance matrix"),
+        ("q8_0}", "q8_1x}", 6, "no tensor type"),
+        ('"output.weight"', '"\\\\D"', 6, "lower case"),
         ("  - Q4_K_M", "  - 4", 5, "valid dictionary"),
         ("name: small", "nmae: small", 1, "did you mean name?"),
         ("name: small", "name: ../../evil", 1, "match pattern"),
@@ -75,6 +78,9 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, wrong: str, right: str
         "name: [unclosed\n",
         "a: &x {b: 1}\nc: *x\n",
         "x: !!python/object:os.system {}\n",
+        "name: 2024-13-45\n",
+        "x: 0x_\n",
+        "[" * 3000,
     ],
 )
 def test_what_is_no_recipe_is_a_usage_error(tmp_path: Path, text: str) -> None:

@@ -253,5 +253,33 @@ def test_a_directory_without_llama_cpp_is_a_usage_error(tmp_path: Path, kind: st
     assert caught.value.hint
 
 
-def test_an_unknown_version_is_taken_on_the_word_of_the_index(index: Index) -> None:
-    assert fetch_source(parse_pin("sdist:llama-cpp-python==9.9.9")).digest == index.stated
+def test_an_unknown_version_is_taken_on_the_word_of_the_index_and_remembered(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin = parse_pin("sdist:llama-cpp-python==9.9.9")
+    assert fetch_source(pin).digest == index.stated
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    assert fetch_source(pin).digest == index.stated
+
+
+def test_a_repository_that_the_caller_works_in_is_left_alone(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a git hook, where GIT_DIR names the user's own repository."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    git(victim, "init", "--quiet", "--initial-branch", "main")
+    git(victim, "commit", "--quiet", "--allow-empty", "-m", "mine")
+    before = git(victim, "log", "--all", "--format=%H %D")
+    monkeypatch.setenv("GIT_DIR", str(victim / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(victim))
+    fetch_source(parse_pin(f"git:{repository}@main"))
+    monkeypatch.delenv("GIT_DIR")
+    monkeypatch.delenv("GIT_WORK_TREE")
+    assert git(victim, "log", "--all", "--format=%H %D") == before
+    assert git(victim, "status", "--short") == ""
+
+
+def test_a_relative_repository_means_the_callers_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository.parent)
+    assert fetch_source(parse_pin(f"git:./{repository.name}@main")).digest == git(repository, "rev-parse", "HEAD")

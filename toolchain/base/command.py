@@ -72,7 +72,7 @@ def run(
         )
     except FileNotFoundError as error:
         raise MissingError(
-            f"{what}: {command[0]} is not there", evidence=str(error), hint=hint or "run `inv build`"
+            f"{what}: {command[0]} is not there", evidence=str(error), hint=hint or "run `./inv build`"
         ) from error
     except OSError as error:
         raise CommandError(f"{what}: {command[0]} cannot be started", evidence=str(error), hint=hint) from error
@@ -100,15 +100,22 @@ def run(
     return Finished(output=text, seconds=time.monotonic() - started)
 
 
-def capture(argv: Sequence[str | Path], *, what: str, cwd: Path | None = None, hint: str = "") -> str:
+def capture(
+    argv: Sequence[str | Path],
+    *,
+    what: str,
+    cwd: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+    hint: str = "",
+) -> str:
     """The merged output of a short command, stripped; errors as in ``run``."""
-    return run(argv, what=what, cwd=cwd, hint=hint).output.strip()
+    return run(argv, what=what, cwd=cwd, env=env, hint=hint).output.strip()
 
 
-def attach(argv: Sequence[str | Path], *, what: str) -> None:
+def attach(argv: Sequence[str | Path], *, what: str, cwd: Path | None = None) -> None:
     """Run ``argv`` on our own terminal, its stdout on ours; CommandError when it fails."""
     command = [str(part) for part in argv]
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, cwd=cwd)
     try:
         status = child.wait()
     except BaseException:
@@ -150,7 +157,7 @@ def _failed(what: str, command: list[str], status: int, *, text: str, log: Path 
         return MissingError(
             f"{what}: the disk is full",
             evidence=evidence,
-            hint="free some space, run `inv clean`, or set FOUNDRY_HOME to a larger disk",
+            hint="free some space, run `./inv clean`, or set FOUNDRY_HOME to a larger disk",
         )
     if status < 0:
         name = signal.Signals(-status).name

@@ -94,11 +94,6 @@ def step(title: str, *, quiet_s: float = 0.0) -> Iterator[Step]:
         _close(console, "[green]✓[/green]", current, started)
 
 
-def skipped(title: str, why: str) -> None:
-    """A step that had nothing to do."""
-    story().print(f"[dim]· {escape(title)}  {escape(why)}[/dim]")
-
-
 def failure(error: FoundryError) -> None:
     """What failed, its evidence, and what to do next."""
     console = story()

@@ -25,10 +25,15 @@ PARTIAL = ".partial-"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
+def expand(typed: str) -> Path:
+    """The path that was typed, ``~`` being the user's home; the home of nobody stays as it was typed."""
+    return Path(os.path.expanduser(typed))
+
+
 def foundry_home() -> Path:
     """FOUNDRY_HOME, else ``llama-foundry`` in the user's cache directory."""
     if named := os.environ.get("FOUNDRY_HOME"):
-        return Path(named).expanduser().absolute()
+        return expand(named).absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "llama-foundry"
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -38,7 +43,7 @@ def foundry_home() -> Path:
 def models_dir() -> Path:
     """Where results go: FOUNDRY_MODELS, else ``models`` in the project."""
     named = os.environ.get("FOUNDRY_MODELS")
-    return Path(named).expanduser().absolute() if named else PROJECT_ROOT / "models"
+    return expand(named).absolute() if named else PROJECT_ROOT / "models"
 
 
 def home_dir(name: str) -> Path:
@@ -72,6 +77,26 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+@contextmanager
+def home_in_use() -> Iterator[None]:
+    """Hold FOUNDRY_HOME against `inv clean` while something is made in it; any number may hold it."""
+    with (home_dir("work").parent / ".in-use").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def home_alone() -> Iterator[bool]:
+    """Whether nobody else uses FOUNDRY_HOME; while the body runs, nobody begins to."""
+    with (home_dir("work").parent / ".in-use").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextmanager
@@ -113,9 +138,23 @@ def promote(partial: Path, final: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` to ``path`` in one atomic step."""
-    with staged(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
+    """Write ``value`` to ``path`` in one atomic step; of two writers at once, the last one stays."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=PARTIAL, suffix=f"-{path.name}", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as sink:
+                sink.write(json.dumps(value, indent=2) + "\n")
+            Path(name).chmod(0o644)
+            promote(Path(name), path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; for one who holds the lock that its writers take."""
+    for stale in folder.glob(f"{PARTIAL}*"):
+        remove(stale, within=folder)
 
 
 def read_json(path: Path) -> object:
@@ -156,14 +195,15 @@ def known_sha256(path: Path) -> str:
 
 
 def tree_digest(root: Path, *, skip: frozenset[str] = frozenset({".git"})) -> str:
-    """Digest of a folder: relative names, modes that matter, and contents of its files.
+    """Digest of a folder: relative names and contents of its files; a symbolic link counts by its target.
 
-    Folders named in ``skip`` are passed over at every depth; a symbolic link counts by its target.
+    Folders named in ``skip`` are passed over at every depth.
     """
     total = hashlib.sha256()
     for folder, subfolders, names in os.walk(root):
+        links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
         subfolders[:] = sorted(name for name in subfolders if name not in skip)
-        for name in sorted(names):
+        for name in sorted([*names, *links]):
             path = Path(folder) / name
             if path.is_symlink():
                 content = f"link:{os.readlink(path)}"
@@ -171,7 +211,7 @@ def tree_digest(root: Path, *, skip: frozenset[str] = frozenset({".git"})) -> st
                 content = sha256_file(path)
             else:
                 continue
-            total.update(f"{path.relative_to(root)}\0{content}\n".encode())
+            total.update(os.fsencode(f"{path.relative_to(root)}\0{content}\n"))
     return total.hexdigest()
 
 
@@ -193,16 +233,34 @@ def remove(path: Path, *, within: Path) -> None:
 
 def require_free(path: Path, needed_bytes: int, what: str) -> None:
     """Raise MissingError when the file system of ``path`` has less than ``needed_bytes`` free."""
-    probe = path
-    while not probe.exists():
-        probe = probe.parent
+    probe = existing(path)
     free = shutil.disk_usage(probe).free
     if free < needed_bytes:
         raise MissingError(
             f"not enough disk space for {what}",
             evidence=f"{probe}: {free / 2**30:.2f} GiB free, about {needed_bytes / 2**30:.2f} GiB needed",
-            hint="free some space, run `inv clean`, or set FOUNDRY_HOME to a larger disk",
+            hint=f"free some space, run `./inv clean`, or {_elsewhere(path)}",
         )
+
+
+def existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def is_full(path: Path) -> bool:
+    """Whether the file system of ``path`` has less than 1 MiB left: a child that failed there failed for that."""
+    return shutil.disk_usage(existing(path)).free < 1 << 20
+
+
+def disk_full(path: Path, evidence: str) -> MissingError:
+    return MissingError(
+        f"the disk is full while writing {path}",
+        evidence=evidence,
+        hint=f"free some space, run `./inv clean`, or {_elsewhere(path)}",
+    )
 
 
 @contextmanager
@@ -217,22 +275,22 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_error(error: OSError, path: Path) -> FoundryError | None:
-    """The MissingError for a full, read-only or forbidden disk; None for any other error."""
-    ours = foundry_home() in (path, *path.parents)
+    """The MissingError for a disk that is full or may not be written at ``path``; None for any other error."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        elsewhere = "set FOUNDRY_HOME to a larger disk" if ours else "choose another place"
-        return MissingError(
-            f"the disk is full while writing {path}",
-            evidence=str(error),
-            hint=f"free some space, run `inv clean`, or {elsewhere}",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return MissingError(
-            f"no permission to write {path}",
-            evidence=str(error),
-            hint="set FOUNDRY_HOME to a directory of yours" if ours else "choose a directory of yours",
-        )
+        return disk_full(path, str(error))
+    elsewhere = isinstance(error.filename, str) and path not in (named := Path(error.filename), *named.parents)
+    elsewhere = elsewhere and path.parent not in named.parents and named not in path.parents
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and not elsewhere:
+        return MissingError(f"cannot write {path}", evidence=str(error), hint=_elsewhere(path))
     return None
+
+
+def _elsewhere(path: Path) -> str:
+    if foundry_home() in (path, *path.parents):
+        return "set FOUNDRY_HOME to another disk or directory"
+    if models_dir() in (path, *path.parents):
+        return "set FOUNDRY_MODELS to another disk or directory"
+    return "choose another place"
 
 
 def _fsync(path: Path) -> None:

@@ -87,8 +87,8 @@ _KEY_TYPE: Final = {key: kind for kind, keys in _KEY_TYPES.items() for key in ke
 _ARCH_INTS: Final = (".context_length", ".block_count", ".embedding_length")
 _AGAIN: Final = "fetch or convert the file again and compare its size and SHA-256 with the publisher's"
 _REBUILD: Final = "convert the original model again with the current converter"
-_NEWER: Final = "if the file is sound, it is newer than this llama.cpp: ./inv build --source NEWER"
-_RAISE: Final = "no known model needs so much; if you trust the file, raise HeaderLimits"
+_NEWER: Final = "if the file is sound, it is newer than this llama.cpp: `./inv build --source git:https://github.com/ggml-org/llama.cpp@master`"
+_RAISE: Final = "no known model needs so much: do not load it unless you know who made it, and how"
 
 
 class _Cursor:

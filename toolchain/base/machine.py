@@ -18,6 +18,9 @@ import psutil
 from toolchain.base import command, files
 from toolchain.base.errors import MissingError
 
+WRAPPERS = frozenset({"ccache", "sccache", "distcc"})
+"""What stands before a compiler: its file tells nothing of the compiler's version, which is asked each time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compiler:
@@ -67,9 +70,8 @@ def probe(root: Path = Path("/")) -> Machine:
     mask = _affinity(root)
     model, flags = _cpu_model(root)
     total, available = _memory(root)
-    limit, used = _memory_limit(root)
-    if limit is not None and limit < total:
-        total, available = limit, min(available, max(0, limit - used))
+    for limit, used in _memory_limits(root):
+        total, available = min(total, limit), min(available, max(0, limit - used))
     return Machine(
         system=platform.system(),
         arch=platform.machine(),
@@ -106,10 +108,10 @@ def find_compiler(language: str) -> Compiler:
 def _compiler_version(path: Path) -> str:
     real = path.resolve()
     stat = real.stat()
-    seen = [str(real), stat.st_size, stat.st_mtime_ns]
+    seen = [str(path), str(real), stat.st_size, stat.st_mtime_ns]
     note = files.home_dir("work") / "compilers" / f"{files.digest(seen)[:32]}.json"
     match files.read_json(note):
-        case {"version": str(version)}:
+        case {"version": str(version)} if real.name not in WRAPPERS:
             return version
     said = command.capture([path, "--version"], what="asking the compiler's version").splitlines()
     version = said[0].strip() if said else "unknown"
@@ -188,15 +190,19 @@ def _cpu_quota(root: Path) -> float | None:
     return min(quotas, default=None)
 
 
-def _memory_limit(root: Path) -> tuple[int | None, int]:
-    """(limit, used) in bytes of the tightest memory cgroup on our path; (None, 0) without one."""
-    tightest: tuple[int | None, int] = (None, 0)
+def _memory_limits(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of every memory cgroup on our path; file cache that can be dropped is not used."""
+    found: list[tuple[int, int]] = []
     for version, folder in _cgroup_dirs(root, "memory"):
-        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        limit, used = _read(folder / names[0]), _read(folder / names[1])
-        if limit.isdigit() and (tightest[0] is None or int(limit) < tightest[0]):
-            tightest = (int(limit), int(used) if used.isdigit() else 0)
-    return tightest
+        if version == 2:
+            limit, used, cache = "memory.max", "memory.current", "inactive_file"
+        else:
+            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        if (most := _read(folder / limit)).isdigit():
+            droppable = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            taken = int(_read(folder / used) or 0) - (int(droppable[1]) if droppable else 0)
+            found.append((int(most), max(0, taken)))
+    return found
 
 
 def _memory(root: Path) -> tuple[int, int]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from toolchain.base import command, files
+from toolchain.base import command, console, files
 from toolchain.base.errors import ArtifactError, FoundryError, MissingError, UsageError
 from toolchain.build.pin import DEFAULT_PIN, SourceTree, parse_pin
 from toolchain.build.source import fetch_source
 
 DISTRIBUTION = "llama_cpp_python"
-LAYOUT = 1  # raise when what goes into the wheel changes: it is part of a Toolchain's id
+LAYOUT = 2  # raise when what goes into the wheel changes: it is part of a Toolchain's id
 
 # The bindings open libllama and libmtmd, and these bring the ggml libraries along.
 LIBRARIES = re.compile(r"lib(llama|mtmd|ggml(-\w+)*)\.(so|dylib)")
@@ -38,7 +38,7 @@ def package(tree: SourceTree, *, lib_dir: Path, toolchain_id: str, out: Path) ->
     """The wheel: the Python package of ``tree`` (or of the default pin, for a bare llama.cpp) plus libraries.
 
     Nothing is compiled; the package's own build backend makes the wheel. Its version carries the local part
-    ``+cpu.ID``.
+    ``+cpu.gCOMMIT.bDIGEST``: letters first, since version numbers lose leading zeros.
     """
     sources = tree.bindings or fetch_source(parse_pin(DEFAULT_PIN)).bindings
     assert sources is not None
@@ -49,7 +49,9 @@ def package(tree: SourceTree, *, lib_dir: Path, toolchain_id: str, out: Path) ->
         for name in ("pyproject.toml", "README.md", "LICENSE.md"):
             if (sources / name).is_file():
                 shutil.copy2(sources / name, stage / name)
-        _write_version(stage / "llama_cpp" / "__init__.py", f"{_flavour(lib_dir)}.{toolchain_id.replace('-', '.')}")
+        commit, _, digest = toolchain_id.partition("-")
+        local = f"{_flavour(lib_dir)}.g{commit}.b{digest}"
+        _write_version(stage / "llama_cpp" / "__init__.py", local)
         libraries = stage / "llama_cpp" / "lib"
         libraries.mkdir(exist_ok=True)
         for library in sorted(lib_dir.iterdir()):
@@ -88,36 +90,53 @@ def prove(*, commit: str, path: Path | None = None) -> Proof:
             evidence=evidence,
             hint="the bindings must match llama.cpp's commit: build the default source, or a pin of llama-cpp-python",
         ) from error
-    if not commit.startswith(found["commit"].split("-")[0]):
+    if found["commit"].split("-")[0] != commit:  # older trees add -dirty outside a repository
         raise ArtifactError(
             "the bindings load another llama.cpp than the one just built",
-            evidence=f"built {commit[:12]}, loaded {found['commit']} from {found['library']}",
-            hint="unset LD_LIBRARY_PATH and LD_PRELOAD, then run `inv build` again",
+            evidence=f"built {commit}, loaded {found['commit']} from {found['library']}",
+            hint="unset LD_LIBRARY_PATH and LD_PRELOAD, then run `./inv build` again",
         )
     return Proof(
         version=found["version"], commit=found["commit"], backends=tuple(found["backends"]), library=found["library"]
     )
 
 
-def installed_version() -> str | None:
-    """The version of the bindings in this environment, read from its metadata."""
-    try:
-        return metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return None
+def ensure_installed(wheel: Path, *, version: str, commit: str) -> None:
+    """Make ``wheel`` what ``import llama_cpp`` finds in the virtual environment that runs us, and prove it there.
 
-
-def install(wheel: Path) -> None:
-    """Install ``wheel`` into the virtual environment that runs us; its needs are in our own lock."""
+    What was proven is noted in the environment, so a second call costs nothing; bindings that fail the proof
+    are taken out again.
+    """
     if sys.prefix == sys.base_prefix:
         raise MissingError(
             "no virtual environment to install the bindings into",
             evidence=f"running under {sys.executable}",
             hint="use `./inv build`, or activate .venv first",
         )
-    quietly = ("--quiet", "--no-deps", "--no-index", "--force-reinstall")
-    argv = (sys.executable, "-m", "pip", "install", *quietly, str(wheel))
-    command.run(argv, what="installing the bindings")
+    note = Path(sys.prefix) / "llama_cpp.proven.json"
+    wanted = {"version": version, "wheel": wheel.name}
+    with files.locked(note.with_suffix(".lock"), lambda pid: console.say(f"waiting for process {pid} (bindings)")):
+        if files.read_json(note) == wanted and _installed_version() == version:
+            return
+        note.unlink(missing_ok=True)
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+        with console.step(f"install llama-cpp-python {version}"):
+            # its needs are in our own lock
+            quietly = ("--no-deps", "--no-index", "--force-reinstall")
+            command.run((*pip, "install", *quietly, str(wheel)), what="installing the bindings")
+            try:
+                prove(commit=commit)
+            except FoundryError:
+                command.run((*pip, "uninstall", "--yes", DISTRIBUTION), what="taking the bindings out again")
+                raise
+        files.write_json(note, wanted)
+
+
+def _installed_version() -> str | None:
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _flavour(lib_dir: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from toolchain.build.solve import DISK_BYTES, Jobs, choose_jobs
 from toolchain.build.source import fetch_source
 from toolchain.build.toolchain import Toolchain
 
+# What cmake and the compilers read from the environment.
+FLAGS = re.compile(r"(C|CXX|CPP|LD|CUDA)FLAGS|CMAKE_\w+")
 CONVERTER_PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
 
 
@@ -81,16 +85,17 @@ def configure(request: BuildRequest) -> Configuration:
 
 
 def toolchain_id(tree: SourceTree, options: BuildOptions, compilers: tuple[Compiler, ...], machine: Machine) -> str:
-    """``COMMIT-DIGEST``: the digest covers source, bindings, options, compilers and, for native code, the CPU."""
+    """``COMMIT-DIGEST`` over source, bindings, options, compilers, their flags and, for native code, the CPU."""
     identity = {
         "source": tree.digest,
-        "bindings": bindings.LAYOUT,
+        "bindings": [bindings.LAYOUT, None if tree.bindings else DEFAULT_PIN],
         "options": options.defines,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if FLAGS.fullmatch(name)},
         "compilers": [compiler.version for compiler in compilers],
         "system": [machine.system, machine.arch],
         "cpu": sorted(machine.cpu_flags) if options.native else None,
     }
-    return f"{tree.commit.removeprefix('tree-')[:7]}-{files.digest(identity)[:12]}"
+    return f"{tree.short_commit}-{files.digest(identity)[:12]}"
 
 
 def _fetch(request: BuildRequest) -> SourceTree:
@@ -130,7 +135,7 @@ def _compile(configuration: Configuration) -> Toolchain:
                 tree, lib_dir=partial / "lib", toolchain_id=configuration.id, out=partial / "wheel"
             )
         with console.step("prove the bindings") as step:
-            proof = bindings.prove_wheel(wheel, commit=tree.commit)
+            proof = bindings.prove_wheel(wheel, commit=tree.short_commit)
             step.note = f"{', '.join(proof.backends)}; a decode agrees with its reference"
         made = Toolchain(
             id=configuration.id,

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from toolchain.base import command, files
 from toolchain.base.errors import FetchError, FoundryError
-from toolchain.build.pin import SourcePin, SourceTree, locate, record, recorded
+from toolchain.build.pin import SourcePin, SourceTree, is_local, locate, record, recorded, ref_note
 
 
 def fetch_git(pin: SourcePin, update: bool) -> SourceTree:
     """The tree of the recorded commit, or of the commit that the ref names now; see ``source.fetch_source``."""
-    note = _note(pin)
+    note = ref_note(pin)
     if not update:
         match files.read_json(note):
             case {"commit": str(known)} if tree := recorded(_folder(pin, known)):
                 return tree
-    with files.locked(note.with_suffix(".lock")):
-        scratch = files.home_dir("sources") / f"clone-{files.sha256_text(str(pin))[:12]}"
-        with files.staged(scratch) as partial:
-            commit = _clone(pin, partial)
-            final = _folder(pin, commit)
+    clone = files.home_dir("sources") / f"clone-{files.sha256_text(str(pin))[:12]}"
+    with files.locked(note.with_suffix(".lock")), files.staging(clone) as partial:
+        commit = _clone(pin, partial)
+        final = _folder(pin, commit)
+        with files.locked(final.with_name(final.name + ".lock")):
             if recorded(final) is None:
                 llama, bindings = locate(partial, str(pin))
-                tree = SourceTree(pin=str(pin), llama=llama, bindings=bindings, digest=commit, commit=commit)
-                if bindings:
-                    vendored = _git(partial / "vendor" / "llama.cpp", "rev-parse", "HEAD")
-                    tree = SourceTree(pin=str(pin), llama=llama, bindings=bindings, digest=commit, commit=vendored)
+                vendored = _git(llama, "rev-parse", "HEAD") if bindings else commit
                 for inner in list(partial.rglob(".git")):
                     files.remove(inner, within=partial)
-                record(partial, tree)
+                record(
+                    partial,
+                    SourceTree(pin=str(pin), llama=llama, bindings=bindings, digest=commit, commit=vendored),
+                )
                 files.promote(partial, final)
-                partial.mkdir()
-        files.remove(scratch, within=scratch.parent)
-        files.write_json(note, {"pin": str(pin), "commit": commit})
-    done = recorded(_folder(pin, commit))
+    files.write_json(note, {"pin": str(pin), "commit": commit})
+    done = recorded(final)
     assert done is not None
     return done
 
@@ -43,7 +42,7 @@ def _clone(pin: SourcePin, into: Path) -> str:
     """Fetch one commit, shallow where the server lets us, with its submodules; the commit's hash."""
     into.mkdir()
     hint = "check the URL and the ref (branch, tag or full commit), and that git can reach it"
-    local = ["-c", "protocol.file.allow=always"] if _is_local(pin.name) else []
+    local = ["-c", "protocol.file.allow=always"] if is_local(pin.name) else []
     _git(into, "init", "--quiet")
     try:
         _git(into, *local, "fetch", "--quiet", "--depth", "1", "--end-of-options", pin.name, pin.ref)
@@ -64,18 +63,18 @@ def _clone(pin: SourcePin, into: Path) -> str:
 
 
 def _git(cwd: Path, *arguments: str) -> str:
+    """Run git in ``cwd``, deaf to a repository that our caller works in, and never asking for a password."""
+    ours = {
+        name: None for name in os.environ if name.startswith("GIT_") and not name.startswith(("GIT_SSL", "GIT_SSH"))
+    }
     return command.capture(
-        ["git", *arguments], what=f"git {arguments[0]}", cwd=cwd, hint="install git: `apt-get install git`"
+        ["git", *arguments],
+        what=f"git {arguments[0]}",
+        cwd=cwd,
+        env={**ours, "GIT_TERMINAL_PROMPT": "0"},
+        hint="install git: `apt-get install git`",
     )
-
-
-def _is_local(url: str) -> bool:
-    return url.startswith(("file://", "/", "./", "../", "~"))
 
 
 def _folder(pin: SourcePin, commit: str) -> Path:
     return files.home_dir("sources") / f"git-{files.sha256_text(pin.name)[:8]}-{commit[:12]}"
-
-
-def _note(pin: SourcePin) -> Path:
-    return files.home_dir("sources") / "refs" / f"{files.sha256_text(str(pin))[:32]}.json"

@@ -64,7 +64,7 @@ def choose_options(tree: SourceTree, asked: Sequence[str]) -> BuildOptions:
     """
     known = tree_options(tree.llama)
     defines = {**CMAKE_DEFAULTS, **{name: value for name, value in TREE_DEFAULTS.items() if name in known}}
-    defines |= {"LLAMA_BUILD_COMMIT": tree.commit[:7], "LLAMA_BUILD_NUMBER": "0"}
+    defines |= {"LLAMA_BUILD_COMMIT": tree.short_commit, "LLAMA_BUILD_NUMBER": "0"}
     for item in asked:
         name, equals, value = item.removeprefix("-D").partition("=")
         if not equals or not re.fullmatch(r"\w+", name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ class SourceTree:
     digest: str
     commit: str
 
+    @property
+    def short_commit(self) -> str:
+        """Seven digits, of llama.cpp's commit or, where that is not known, of the content's digest."""
+        return self.commit.rpartition("-")[2][:7]
+
 
 def parse_pin(text: str) -> SourcePin:
     """Parse ``sdist:NAME==VERSION[#sha256=HEX]``, ``git:URL@REF`` or ``path:DIR``; UsageError otherwise."""
@@ -57,14 +63,23 @@ def parse_pin(text: str) -> SourcePin:
         case "git":
             url, _, ref = rest.rpartition("@")
             if url and ref and not ref.startswith("-") and not url.startswith("-"):
-                return SourcePin(kind="git", name=url, ref=ref)
+                return SourcePin(kind="git", name=_whole_path(url), ref=ref)
         case "path":
             if rest:
-                return SourcePin(kind="path", name=str(Path(rest).expanduser().absolute()))
+                return SourcePin(kind="path", name=os.path.abspath(files.expand(rest)))
     raise UsageError(
         f"not a source pin: {text}",
         hint=f"write {DEFAULT_PIN}, git:https://github.com/ggml-org/llama.cpp@master or path:../llama.cpp",
     )
+
+
+def is_local(url: str) -> bool:
+    """Whether a git URL means a repository on this machine."""
+    return url.startswith(("file://", "/", "./", "../", "~"))
+
+
+def _whole_path(url: str) -> str:
+    return os.path.abspath(files.expand(url)) if is_local(url) and not url.startswith("file:") else url
 
 
 def locate(root: Path, pin: str) -> tuple[Path, Path | None]:
@@ -113,3 +128,8 @@ def record(folder: Path, tree: SourceTree) -> None:
         "bindings": str(tree.bindings.relative_to(folder)) if tree.bindings else None,
     }
     files.write_json(folder / "source.json", noted)
+
+
+def ref_note(pin: SourcePin) -> Path:
+    """Where it is recorded what a pin stood for: a git ref's commit, a version's SHA-256."""
+    return files.home_dir("sources") / "refs" / f"{files.sha256_text(str(pin))[:32]}.json"

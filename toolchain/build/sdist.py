@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from toolchain.base import files
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import FetchError, FoundryError
-from toolchain.build.pin import SourcePin, SourceTree, locate, record, recorded
+from toolchain.build.pin import SourcePin, SourceTree, locate, record, recorded, ref_note
 
 if TYPE_CHECKING:
     from unearth import Link, PackageFinder
@@ -30,7 +30,7 @@ MAX_UNPACKED_BYTES = 4 << 30
 
 def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
     """The archive's tree; see ``source.fetch_source``."""
-    expected = pin.sha256 or KNOWN_SHA256.get(f"{pin.name}=={pin.ref}")
+    expected = pin.sha256 or KNOWN_SHA256.get(f"{pin.name}=={pin.ref}") or _stated_before(pin)
     if expected and (tree := recorded(_folder(pin, expected))):
         return tree
     from unearth import PackageFinder
@@ -72,6 +72,7 @@ def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
                     commit=commit or f"sdist-{found[:12]}",
                 )
                 record(partial, tree)
+        files.write_json(ref_note(pin), {"pin": str(pin), "sha256": expected})
     except (FoundryError, KeyboardInterrupt):
         raise
     except OSError as error:
@@ -92,6 +93,11 @@ def _stated_sha256(link: Link) -> str:
             hint="put it behind the pin: sdist:NAME==VERSION#sha256=HEX",
         )
     return stated
+
+
+def _stated_before(pin: SourcePin) -> str | None:
+    noted = files.read_json(ref_note(pin))
+    return str(noted["sha256"]) if isinstance(noted, dict) and "sha256" in noted else None
 
 
 def _unreachable(requirement: str, error: Exception) -> FetchError:

@@ -34,6 +34,10 @@ class Toolchain:
         return self.root / "lib"
 
     @property
+    def short_commit(self) -> str:
+        return self.id.partition("-")[0]
+
+    @property
     def convert_dir(self) -> Path:
         """The pinned converter: ``convert_hf_to_gguf.py`` with its package and gguf-py."""
         return self.root / "convert"
@@ -79,7 +83,7 @@ def find(prefix: str) -> Toolchain:
     raise UsageError(
         f"{'no' if not ids else 'more than one'} toolchain with the id {prefix}",
         evidence=f"there are: {', '.join(ids or list_ids()) or 'none'}",
-        hint="name one of these, or run `inv build`",
+        hint="name one of these, or run `./inv build`",
     )
 
 

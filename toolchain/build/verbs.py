@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from toolchain.base import console, files
 from toolchain.base.errors import UsageError
-from toolchain.build import bindings, compile, toolchain
+from toolchain.build import bindings, toolchain
 from toolchain.build.compile import BuildRequest, Built, build, configure
 from toolchain.build.pin import DEFAULT_PIN
 from toolchain.build.toolchain import Toolchain
@@ -16,21 +16,24 @@ def request(
     *, source: str | None = None, defines: Iterable[str] = (), jobs: str | int | None = None, update: bool = False
 ) -> BuildRequest:
     """The request from what was typed; UsageError for what makes no sense."""
-    if jobs is not None and not str(jobs).isdigit():
-        raise UsageError(f"--jobs {jobs} is not a number")
+    try:
+        count = None if jobs is None else int(jobs)
+    except ValueError as error:
+        raise UsageError(f"--jobs {jobs} is not a number") from error
     return BuildRequest(
         source=source or DEFAULT_PIN,
         defines=tuple(defines),
-        jobs=int(jobs) if jobs is not None else None,
+        jobs=count,
         update=update,
     )
 
 
 def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quiet: bool = False) -> Toolchain:
     """Build (or find), make current, install the bindings where they are not, report."""
-    built = build(asked)
-    if use:
-        activate(built.toolchain)
+    with files.home_in_use():
+        built = build(asked)
+        if use:
+            activate(built.toolchain)
     if as_json:
         console.answer_json(_built_json(built))
     elif built.reused and not quiet:
@@ -42,10 +45,7 @@ def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quie
 
 def activate(chosen: Toolchain) -> None:
     """Make ``chosen`` current and its wheel the one that ``import llama_cpp`` finds in this environment."""
-    if bindings.installed_version() != chosen.wheel_version:
-        with console.step(f"install llama-cpp-python {chosen.wheel_version}"):
-            bindings.install(chosen.wheel)
-            bindings.prove(commit=chosen.commit)
+    bindings.ensure_installed(chosen.wheel, version=chosen.wheel_version, commit=chosen.short_commit)
     toolchain.make_current(chosen)
 
 
@@ -81,23 +81,27 @@ def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
 
 
 def clean(*, toolchains: bool, everything: bool) -> None:
-    """Delete work and logs; also other toolchains, or all of FOUNDRY_HOME, when asked."""
+    """Delete work and logs; also other toolchains, or all that can be made again, when asked."""
     home = files.foundry_home()
     names = ("work", "logs") if not everything else ("work", "logs", "sources", "hub", "tune", "toolchains")
-    before = files.tree_bytes(home) if home.exists() else 0
-    for name in names:
-        files.remove(home / name, within=home)
-    if toolchains and not everything and (current := toolchain.current()):
-        for other in (home / "toolchains").iterdir():
-            if other.name not in (current.id, "current"):
-                files.remove(other, within=home)
-    after = files.tree_bytes(home) if home.exists() else 0
-    console.answer(f"{console.format_bytes(before - after)} freed in {home}")
+    with files.home_alone() as alone:
+        if not alone:
+            raise UsageError(f"{home} is in use", hint="wait until the other command has ended, then clean")
+        before = files.tree_bytes(home)
+        for name in names:
+            files.remove(home / name, within=home)
+        if toolchains and not everything and (current := toolchain.current()):
+            for other in (home / "toolchains").iterdir():
+                if other.name not in (current.id, "current"):
+                    files.remove(other, within=home)
+        freed = before - files.tree_bytes(home)
+    console.answer(f"{console.format_bytes(freed)} freed in {home}")
 
 
 def ensure_current() -> Toolchain:
-    """The Toolchain in use; before the first build, the default one is built."""
+    """The Toolchain in use, its bindings installed; before the first build, the default one is built."""
     if found := toolchain.current():
+        activate(found)
         return found
     console.say("no toolchain yet: building the default one")
     return build_and_use(request(), use=True, quiet=True)
@@ -116,6 +120,3 @@ def _built_json(built: Built) -> dict[str, object]:
         "wheel": str(made.wheel),
         "seconds": round(built.seconds, 3),
     }
-
-
-__all__ = ["activate", "build_and_use", "clean", "compile", "ensure_current", "request", "show_configuration", "use"]

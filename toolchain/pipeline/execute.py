@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from toolchain.base import console, files
+from toolchain.base.errors import CommandError, UsageError
 from toolchain.pipeline import provenance
-from toolchain.pipeline.plan import Plan, Step
+from toolchain.pipeline.plan import Plan, Step, source_note
 
 STEP_NOTE = "step.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +72,45 @@ def execute(plan: Plan) -> Outcome:
 
     Raises the failing stage's error. Whatever finished before it is kept, and the next run goes on there.
     """
-    with files.disk_errors(plan.folder):
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        lock = plan.folder / ".lock"
-        with files.locked(lock, lambda pid: console.say(f"waiting for process {pid}, which runs the same recipe")):
-            todo = missing_steps(plan)
-            files.require_free(plan.folder, sum(step.stage.bytes for step in todo), f"the files of {plan.recipe.name}")
-            results = [_run(plan, step) if step in todo else _reuse(step) for step in plan.steps]
-            outcome = Outcome(artifacts=_artifacts(plan, results), steps=tuple(results))
-            _write_manifest(plan, outcome)
+    lock = plan.folder / ".lock"
+    with files.home_in_use(), files.locked(lock, lambda pid: console.say(f"waiting for process {pid} (same recipe)")):
+        _refuse_other_model(plan)
+        files.sweep(plan.folder)
+        todo = missing_steps(plan)
+        _require_disk(plan, todo)
+        if plan.source.snapshot:
+            files.write_json(source_note(plan.recipe), asdict(plan.source.snapshot))
+        results = [_run(plan, step) if step in todo else _reuse(step) for step in plan.steps]
+        outcome = Outcome(artifacts=_artifacts(plan, results), steps=tuple(results))
+        _write_manifest(plan, outcome)
     return outcome
+
+
+def _refuse_other_model(plan: Plan) -> None:
+    """Two recipes of one name would replace each other's files: the folder belongs to one model."""
+    known = files.read_json(plan.folder / MANIFEST)
+    model = _model_name(plan)
+    if isinstance(known, dict) and known.get("model") not in (None, model):
+        raise UsageError(
+            f"{plan.folder} holds the files of another model",
+            evidence=f"they were made from {known['model']}, this recipe's model is {model}",
+            hint=f"give the recipe another name, or delete {plan.folder}",
+        )
+
+
+def _model_name(plan: Plan) -> str:
+    return f"{plan.source.kind}:{plan.source.model_dir or plan.source.name}"
+
+
+def _require_disk(plan: Plan, todo: list[Step]) -> None:
+    """Compare what the missing steps write with what is free, file system by file system."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for step in todo:
+        place = files.existing(step.output)
+        device = place.stat().st_dev
+        needed[device] = (step.output, needed.get(device, (place, 0))[1] + step.stage.bytes)
+    for output, count in needed.values():
+        files.require_free(output, count, f"the files of {plan.recipe.name}")
 
 
 def _is_done(step: Step) -> bool:
@@ -103,9 +134,7 @@ def _run(plan: Plan, step: Step) -> StepResult:
 
 def _make_artifact(plan: Plan, step: Step, log: Path, shown: console.Step) -> tuple[Mapping[str, object], float]:
     with files.staging(step.output) as partial:
-        started = time.monotonic()
-        step.stage.run(partial, log=log, on_progress=shown.advance)
-        seconds = time.monotonic() - started
+        seconds = _run_stage(step, partial, log, shown)
         figures = step.stage.check(partial)
         provenance.place(partial, step, provenance.describe(plan, step, partial, seconds=seconds, figures=figures))
     return figures, seconds
@@ -120,13 +149,23 @@ def _make_intermediate(step: Step, log: Path, shown: console.Step) -> tuple[Mapp
         with files.staged(folder) as partial:
             partial.mkdir()
             output = partial / step.output.name
-            started = time.monotonic()
-            step.stage.run(output, log=log, on_progress=shown.advance)
-            seconds = time.monotonic() - started
+            seconds = _run_stage(step, output, log, shown)
             figures = step.stage.check(output)
             note = {"id": step.id, "fingerprint": step.fingerprint, "seconds": seconds, "figures": dict(figures)}
             files.write_json(partial / STEP_NOTE, note)
     return figures, seconds
+
+
+def _run_stage(step: Step, output: Path, log: Path, shown: console.Step) -> float:
+    """The seconds it took. A child that fails on a full disk rarely says why: we look while its file is there."""
+    started = time.monotonic()
+    try:
+        step.stage.run(output, log=log, on_progress=shown.advance)
+    except CommandError as error:
+        if files.is_full(output):
+            raise files.disk_full(output.parent, error.evidence) from error
+        raise
+    return time.monotonic() - started
 
 
 def _reuse(step: Step) -> StepResult:
@@ -171,11 +210,12 @@ def _write_manifest(plan: Plan, outcome: Outcome) -> None:
     """What the runtime needs to find a recipe's result: the artifacts in the recipe's order."""
     manifest = {
         "recipe": plan.recipe.name,
+        "model": _model_name(plan),
         "artifacts": [
             {"type": a.type, "file": a.path.name, "bytes": a.bytes, "sha256": a.sha256} for a in outcome.artifacts
         ],
         "runtime": plan.recipe.runtime.model_dump(exclude_none=True) if plan.recipe.runtime else None,
     }
-    path = plan.folder / "manifest.json"
+    path = plan.folder / MANIFEST
     if files.read_json(path) != manifest:
         files.write_json(path, manifest)

@@ -1,9 +1,8 @@
-"""Recipe to Plan: which steps, on what, with which fingerprints. Nothing runs here; the one thing written is
-the commit that a hub revision was resolved to."""
+"""Recipe to Plan: which steps, on what, with which fingerprints. Nothing runs and nothing is made here."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.base import files
@@ -61,6 +60,15 @@ class Plan:
 
 def describe_source(recipe: Recipe, recipe_dir: Path, *, update: bool = False) -> Source:
     """Look at the model: hash a local one, ask the hub for a commit (once; it is recorded and reused)."""
+    try:
+        return _describe_source(recipe, recipe_dir, update)
+    except OSError as error:
+        raise UsageError(
+            f"the model of {recipe.name} cannot be read", evidence=str(error), hint="check the path and its permissions"
+        ) from error
+
+
+def _describe_source(recipe: Recipe, recipe_dir: Path, update: bool) -> Source:
     model = recipe.model
     if model.demo is not None:
         preset = demo_model.PRESETS[model.demo]
@@ -72,7 +80,7 @@ def describe_source(recipe: Recipe, recipe_dir: Path, *, update: bool = False) -
             kind="hub", name=snapshot.repo, commit=snapshot.commit, digest="", n_params=n_params, snapshot=snapshot
         )
     if model.path is not None:
-        path = recipe_dir / Path(model.path).expanduser()
+        path = _place(recipe_dir, model.path)
         check_model_dir(path)
         content = files.digest([[name, files.known_sha256(path / name)] for name in model_files(path)])
         return Source(
@@ -84,8 +92,10 @@ def describe_source(recipe: Recipe, recipe_dir: Path, *, update: bool = False) -
             model_dir=path,
         )
     assert model.gguf is not None
-    path = recipe_dir / Path(model.gguf).expanduser()
+    path = _place(recipe_dir, model.gguf)
     header = read_header(path)
+    if header.kind != "model":
+        raise UsageError(f"{path.name} is no model but: {header.kind}", hint="model.gguf takes a whole model's file")
     packed = sorted({t.type for t in header.tensors} - {"F32", "F16", "BF16"})
     if packed:
         raise UsageError(
@@ -97,10 +107,15 @@ def describe_source(recipe: Recipe, recipe_dir: Path, *, update: bool = False) -
         kind="gguf",
         name=path.name,
         commit=None,
-        digest=files.known_sha256(path),
+        digest=files.digest([files.known_sha256(shard) for shard in header.shard_paths]),
         n_params=header.n_params,
         model_dir=path,
     )
+
+
+def source_note(recipe: Recipe) -> Path:
+    """Where the commit that a hub revision stood for is recorded."""
+    return files.models_dir() / recipe.name / "source.json"
 
 
 def make_plan(recipe: Recipe, *, recipe_path: Path, source: Source, toolchain: Toolchain) -> Plan:
@@ -110,7 +125,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path, source: Source, toolchain: T
     anywhere reaches exactly what depends on it.
     """
     folder = files.models_dir() / recipe.name
-    graph = _Graph(folder=folder, source=source)
+    graph = _Graph(folder)
     full, before = _plan_conversion(graph, recipe, source, toolchain)
     corpus, corpus_needs = _plan_corpus(graph, recipe, recipe_path.parent)
     for entry in recipe.quantize:
@@ -120,6 +135,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path, source: Source, toolchain: T
             tensors=tuple(sorted(entry.tensors.items())),
             notes=_notes(recipe, source, toolchain),
             tool=toolchain.tool("quantize"),
+            source_digest=source.digest,
             toolchain_id=toolchain.id,
             n_params=source.n_params,
         )
@@ -132,6 +148,7 @@ def make_plan(recipe: Recipe, *, recipe_path: Path, source: Source, toolchain: T
                 corpus=corpus,
                 n_ctx=recipe.evaluate.n_ctx,
                 chunks=recipe.evaluate.chunks,
+                model_bytes=quantize.bytes,
                 tool=toolchain.tool("perplexity"),
                 toolchain_id=toolchain.id,
             )
@@ -150,13 +167,12 @@ def make_plan(recipe: Recipe, *, recipe_path: Path, source: Source, toolchain: T
 class _Graph:
     """Collects steps; each new one is fingerprinted over those it needs."""
 
-    def __init__(self, *, folder: Path, source: Source) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.source = source
         self.steps: dict[str, Step] = {}
 
     def add(self, step_id: str, stage: Stage, *, name: str, needs: tuple[str, ...], artifact: bool = False) -> Path:
-        inputs = [self.steps[need].fingerprint for need in needs] or [self.source.digest]
+        inputs = [self.steps[need].fingerprint for need in needs]
         fingerprint = files.digest({"identity": stage.identity, "inputs": inputs})
         place = self.folder if artifact else files.home_dir("work") / "steps" / fingerprint[:20]
         self.steps[step_id] = Step(
@@ -190,10 +206,11 @@ def _plan_conversion(
         trust_remote_code=recipe.model.trust_remote_code,
         outtype=recipe.convert.outtype,
         convert_dir=toolchain.convert_dir,
+        source_digest=source.digest,
         toolchain_id=toolchain.id,
         n_params=source.n_params,
     )
-    return graph.add("convert", convert, name=f"{recipe.name}.gguf", needs=needs), ("convert",)
+    return graph.add("convert", convert, name="model.gguf", needs=needs), ("convert",)
 
 
 def _plan_corpus(graph: _Graph, recipe: Recipe, recipe_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -202,7 +219,7 @@ def _plan_corpus(graph: _Graph, recipe: Recipe, recipe_dir: Path) -> tuple[Path 
         return None, ()
     if recipe.evaluate.corpus == BUILTIN_CORPUS:
         return graph.add("corpus", WriteCorpus(), name="corpus.txt", needs=()), ("corpus",)
-    path = recipe_dir / Path(recipe.evaluate.corpus).expanduser()
+    path = _place(recipe_dir, recipe.evaluate.corpus)
     if not path.is_file():
         raise UsageError(
             f"no such corpus: {path}", hint=f"evaluate.corpus is a text file beside the recipe, or {BUILTIN_CORPUS}"
@@ -219,11 +236,13 @@ def _notes(recipe: Recipe, source: Source, toolchain: Toolchain) -> tuple[tuple[
 
 
 def _pinned_snapshot(recipe: Recipe, repo: str, revision: str, update: bool) -> hub.HubSnapshot:
-    """The snapshot recorded beside the artifacts, else what the hub says now (and that is recorded)."""
-    note = files.models_dir() / recipe.name / "source.json"
-    known = None if update else hub.snapshot_from_json(files.read_json(note))
+    """The snapshot recorded beside the artifacts, else what the hub says now; running the plan records it."""
+    known = None if update else hub.snapshot_from_json(files.read_json(source_note(recipe)))
     if known and (known.repo, known.revision) == (repo, revision):
         return known
-    snapshot = hub.resolve_snapshot(repo, revision)
-    files.write_json(note, asdict(snapshot))
-    return snapshot
+    return hub.resolve_snapshot(repo, revision)
+
+
+def _place(folder: Path, typed: str) -> Path:
+    """A path from a recipe: relative to the recipe's folder; ``~`` is the user's home."""
+    return (folder / files.expand(typed)).absolute()

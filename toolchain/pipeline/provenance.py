@@ -91,7 +91,7 @@ def verify(artifact: Path) -> dict[str, object]:
         raise UsageError(
             f"{artifact} has no sidecar to verify it against",
             evidence=f"looked for {sidecar_path(artifact)}",
-            hint="files made by `inv quantize` have one; run the recipe again",
+            hint="files made by `./inv quantize` have one; run the recipe again",
         )
     found = files.sha256_file(artifact)
     if found != noted["sha256"]:

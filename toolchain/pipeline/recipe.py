@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from toolchain.base.errors import UsageError
+from toolchain.base.ggml_types import GGML_TYPES_BY_NAME
 from toolchain.stages.convert import OutType
 from toolchain.stages.demo_model import PRESETS
 from toolchain.stages.quantize import BITS_PER_WEIGHT, NEEDS_IMATRIX
@@ -36,7 +37,7 @@ class Model(_Strict):
     hub: str | None = Field(None, description="a repository on the Hugging Face hub, OWNER/NAME")
     path: str | None = Field(None, description="a Hugging Face model folder, relative to the recipe")
     gguf: str | None = Field(None, description="a GGUF in F32, F16 or BF16, relative to the recipe")
-    demo: str | None = Field(None, description="a model that is made on this machine: tiny or tiny-mha")
+    demo: str | None = Field(None, description=f"a model that is made on this machine: {' or '.join(PRESETS)}")
     revision: str | None = Field(None, description="hub only: branch, tag or commit; main when left out")
 
     trust_remote_code: bool = Field(False, description="path only: let the tokenizer's own Python code run")
@@ -86,7 +87,14 @@ class Quantization(_Strict):
     @field_validator("tensors")
     @classmethod
     def _pattern(cls, value: Mapping[str, str]) -> Mapping[str, str]:
-        for pattern in value:
+        for pattern, type_name in value.items():
+            if type_name.upper() not in GGML_TYPES_BY_NAME:
+                near = difflib.get_close_matches(type_name.upper(), GGML_TYPES_BY_NAME, n=1)
+                raise ValueError(
+                    f"no tensor type {type_name!r}" + (f"; did you mean {near[0].lower()}?" if near else "")
+                )
+            if pattern != pattern.lower() or "(?" in pattern:
+                raise ValueError(f"{pattern!r}: llama-quantize knows lower case and ECMAScript patterns only")
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -146,7 +154,7 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}", hint=_other_recipes(path)) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text", evidence=str(error), hint="a recipe is a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: what a scalar or nesting can do
         raise UsageError(f"{path} is not valid YAML", evidence=str(error), hint="mend the line it names") from error
     try:
         return Recipe.model_validate(loaded)

@@ -74,4 +74,4 @@ def _unbuilt() -> Toolchain:
 
 def _warn_unbuilt(plan: Plan) -> None:
     if plan.toolchain.id == "unbuilt":
-        console.warn("no toolchain yet: `inv build` (or the recipe itself) compiles llama.cpp first")
+        console.warn("no toolchain yet: `./inv build` (or the recipe itself) compiles llama.cpp first")

@@ -6,18 +6,16 @@ import json
 import re
 import struct
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from toolchain.base import command, files
+from toolchain.base import command
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
-from toolchain.stages.stage import Stage
+from toolchain.stages.stage import Stage, package_version
 
 OutType = Literal["auto", "f32", "f16", "bf16"]
 BYTES_PER_WEIGHT: Mapping[str, int] = {"auto": 2, "f32": 4, "f16": 2, "bf16": 2}
@@ -27,8 +25,8 @@ BYTES_PER_WEIGHT: Mapping[str, int] = {"auto": 2, "f32": 4, "f16": 2, "bf16": 2}
 class Convert(Stage):
     """Convert ``model_dir`` with the converter in ``convert_dir``. ``n_params`` is for the estimate only.
 
-    The converter asks transformers to run a tokenizer's own Python code. Unless ``trust_remote_code`` allows
-    it, the converter is shown the folder without its ``*.py`` files.
+    ``source_digest`` identifies the model's content where no earlier step does. Python code in the model's
+    folder runs only with ``trust_remote_code`` (see ``convert_child``).
     """
 
     model_dir: Path
@@ -36,6 +34,7 @@ class Convert(Stage):
     trust_remote_code: bool
     outtype: OutType
     convert_dir: Path
+    source_digest: str
     toolchain_id: str
     n_params: int
 
@@ -46,35 +45,32 @@ class Convert(Stage):
     @property
     def identity(self) -> Mapping[str, object]:
         # the tokenizer's conversion goes through transformers
-        versions = {name: _version(name) for name in ("transformers", "sentencepiece")}
         asked = {"outtype": self.outtype, "name": self.model_name, "code": self.trust_remote_code}
-        return {"stage": "convert", **asked, "toolchain": self.toolchain_id, **versions}
+        versions = {name: package_version(name) for name in ("transformers", "sentencepiece")}
+        return {"stage": "convert", **asked, "source": self.source_digest, "toolchain": self.toolchain_id, **versions}
 
     @property
     def bytes(self) -> int:
         return self.n_params * BYTES_PER_WEIGHT[self.outtype]
 
     def command(self, output: Path) -> tuple[str, ...]:
-        return self._command(self.model_dir, output)
+        trust = ("--trust-remote-code",) if self.trust_remote_code else ()
+        script = self.convert_dir / "convert_hf_to_gguf.py"
+        target = ("--outfile", str(output), "--outtype", self.outtype, "--model-name", self.model_name)
+        child = Path(__file__).with_name("convert_child.py")
+        return (sys.executable, str(child), *trust, str(script), str(self.model_dir), *target)
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
-        with tempfile.TemporaryDirectory(dir=files.home_dir("work"), prefix="model-") as scratch:
-            shown = Path(scratch) / self.model_dir.name
-            shown.mkdir()
-            for part in self.model_dir.iterdir():
-                if self.trust_remote_code or part.suffix != ".py":
-                    (shown / part.name).symlink_to(part.resolve())
-            command.run(
-                self._command(shown, output),
-                what="converting the model",
-                # what is in the folder is all there is: no look-ups on the hub while converting
-                env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": None},
-                log=log,
-                parse=parse_percent,
-                on_progress=on_progress,
-                hint="an architecture or tokenizer that this llama.cpp does not know needs a newer `inv build "
-                "--source`; a tokenizer with Python code of its own needs that code and `trust_remote_code: true`",
-            )
+        command.run(
+            self.command(output),
+            what="converting the model",
+            # what is in the folder is all there is: no look-ups on the hub while converting
+            env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": None},
+            log=log,
+            parse=parse_percent,
+            on_progress=on_progress,
+            hint="an architecture or tokenizer that this llama.cpp does not know needs a newer `./inv build --source`",
+        )
 
     def check(self, output: Path) -> Mapping[str, object]:
         """The header is sound and holds at least the model's tensors."""
@@ -82,11 +78,6 @@ class Convert(Stage):
         if not header.tensors:
             raise ArtifactError(f"the converter wrote no tensors to {output}", hint="run it again; read the log")
         return {"n_params": header.n_params, "tensors": len(header.tensors)}
-
-    def _command(self, model_dir: Path, output: Path) -> tuple[str, ...]:
-        script = self.convert_dir / "convert_hf_to_gguf.py"
-        target = ("--outfile", str(output), "--outtype", self.outtype, "--model-name", self.model_name)
-        return (sys.executable, str(script), str(model_dir), *target)
 
 
 def parse_percent(recent: str) -> tuple[int, int] | None:
@@ -139,10 +130,3 @@ def _product(shape: list[int]) -> int:
     for extent in shape:
         result *= int(extent)
     return result
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "none"

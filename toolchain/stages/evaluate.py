@@ -25,6 +25,7 @@ class Evaluate(Stage):
     corpus: Path
     n_ctx: int
     chunks: int | None
+    model_bytes: int
     tool: Path
     toolchain_id: str
 
@@ -35,6 +36,11 @@ class Evaluate(Stage):
     @property
     def bytes(self) -> int:
         return 0
+
+    @property
+    def ram_bytes(self) -> int:
+        """The weights, and about 1 GiB for the KV cache and the logits of one window."""
+        return self.model_bytes + (1 << 30)
 
     @property
     def identity(self) -> Mapping[str, object]:

@@ -6,14 +6,13 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from toolchain.base import command, files, machine
 from toolchain.base.command import OnProgress
 from toolchain.stages import corpus, demo_model, hub
 from toolchain.stages.convert import check_model_dir
-from toolchain.stages.stage import Stage
+from toolchain.stages.stage import Stage, package_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +28,9 @@ class MakeDemo(Stage):
     @property
     def identity(self) -> Mapping[str, object]:
         program = files.sha256_file(Path(demo_model.__file__))
+        packages = {name: package_version(name) for name in ("torch", "transformers", "sentencepiece", "safetensors")}
         text = corpus.corpus_digest("train")
-        return {
-            "stage": "demo",
-            "preset": self.preset,
-            "program": program,
-            "text": text,
-            "torch": metadata.version("torch"),
-        }
+        return {"stage": "demo", "preset": self.preset, "program": program, "text": text, **packages}
 
     @property
     def bytes(self) -> int:
@@ -84,7 +78,14 @@ class FetchHub(Stage):
 
     def command(self, output: Path) -> tuple[str, ...]:
         revision = ("--revision", self.snapshot.commit, "--cache-dir", str(self.cache_dir))
-        return ("hf", "download", self.snapshot.repo, *revision, *(file.name for file in self.snapshot.files))
+        return (
+            "(in process)",
+            "hf",
+            "download",
+            self.snapshot.repo,
+            *revision,
+            *(file.name for file in self.snapshot.files),
+        )
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
         hub.download_snapshot(self.snapshot, self.cache_dir, on_progress)
@@ -117,7 +118,7 @@ class WriteCorpus(Stage):
         return {"stage": "corpus", "split": self.split, "text": corpus.corpus_digest(self.split)}
 
     def command(self, output: Path) -> tuple[str, ...]:
-        return ("(built in)", "pydoc_data.topics", self.split, str(output))
+        return ("(in process)", "pydoc_data.topics", self.split, str(output))
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
         output.write_text(corpus.python_docs(self.split))
@@ -143,7 +144,7 @@ class CopyCorpus(Stage):
         return self.path.stat().st_size
 
     def command(self, output: Path) -> tuple[str, ...]:
-        return ("cp", str(self.path), str(output))
+        return ("(in process)", "cp", str(self.path), str(output))
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
         shutil.copyfile(self.path, output)

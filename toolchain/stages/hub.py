@@ -18,14 +18,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolchain.base import files
 from toolchain.base.errors import FetchError
 from toolchain.stages.hub_errors import ANEW, Stop, Where, WrongLengthError, not_convertible, patiently, require_names
-
-if TYPE_CHECKING:
-    pass
 
 _WORKERS = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -250,7 +250,7 @@ def _explain_answer(response: httpx2.Response, where: Where) -> FetchError:
             hint = f"see its branches and tags at {HUB}/{repo}/tree/main and set `revision` in the recipe"
         case _, "EntryNotFound":
             message = f"{where} is gone from the hub"
-            hint = "resolve the revision again: the repository was changed"
+            hint = "the repository was changed: run `./inv quantize RECIPE --update`"
         case 401, _ if token and code != "RepoNotFound":
             message = "the hub refused the token: it is wrong or has expired"
             hint = f"{_LOG_IN} (or `unset HF_TOKEN` for a public repository)"

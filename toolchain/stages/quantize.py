@@ -47,8 +47,8 @@ BITS_PER_WEIGHT: Mapping[str, float] = {
     "F32": 32.0,
 }
 
-# llama-quantize refuses these without an importance matrix (tools/quantize/quantize.cpp).
-NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K_S"})
+# llama-quantize refuses these without an importance matrix: tried one by one at commit 0c1e570.
+NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class Quantize(Stage):
     tensors: tuple[tuple[str, str], ...]
     notes: tuple[tuple[str, str], ...]
     tool: Path
+    source_digest: str
     toolchain_id: str
     n_params: int
 
@@ -73,7 +74,7 @@ class Quantize(Stage):
     @property
     def identity(self) -> Mapping[str, object]:
         asked = {"type": self.type, "tensors": self.tensors, "notes": self.notes}
-        return {"stage": "quantize", "toolchain": self.toolchain_id, **asked}
+        return {"stage": "quantize", "source": self.source_digest, "toolchain": self.toolchain_id, **asked}
 
     @property
     def bytes(self) -> int:
@@ -84,7 +85,7 @@ class Quantize(Stage):
         for pattern, type_name in self.tensors:
             options += ["--tensor-type", f"{pattern}={type_name}"]
         for key, value in self.notes:
-            options += ["--override-kv", f"foundry.{key}=str:{value[:120]}"]  # the tool takes 127 bytes
+            options += ["--override-kv", f"foundry.{key}=str:{_short(value)}"]
         threads = str(machine.probe().usable_cpus)
         return (str(self.tool), *options, str(self.source), str(output), self.type, threads)
 
@@ -105,6 +106,11 @@ class Quantize(Stage):
             raise ArtifactError(
                 f"{output.name} lacks tensors of its source",
                 evidence=", ".join(sorted(name for name, _ in lost)[:8]),
-                hint="run the recipe again; if it stays so, try another `inv build --source`",
+                hint="run the recipe again; if it stays so, try another `./inv build --source`",
             )
         return {"n_params": header.n_params, "bits_per_weight": round(header.bits_per_weight, 4)}
+
+
+def _short(value: str) -> str:
+    """At most 120 bytes: llama-quantize takes 127 (string_parse_kv_override in common.cpp)."""
+    return value.encode()[:120].decode(errors="ignore")

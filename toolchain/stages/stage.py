@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 from toolchain.base.command import OnProgress
@@ -34,7 +35,7 @@ class Stage(ABC):
 
     @abstractmethod
     def command(self, output: Path) -> tuple[str, ...]:
-        """The command line that makes ``output``, for showing and for running."""
+        """The command line that makes ``output``; of a step done in this process, what it amounts to."""
 
     @abstractmethod
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
@@ -47,3 +48,11 @@ class Stage(ABC):
     def present(self, output: Path) -> bool:
         """Whether what an earlier run made is still there."""
         return output.exists()
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package that an output depends on; "none" when it is not there."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
