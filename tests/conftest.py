@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.front_door import ROOT, inv_json
-from toolchain.build.toolchain import Toolchain, load
+from tests.front_door import ROOT, inv, inv_json
+from toolchain.build.toolchain import Toolchain, current, load
 
 
 @pytest.fixture(scope="session")
-def built() -> dict[str, Any]:
-    """What `inv build --json` answers for the default pin; it compiles llama.cpp when that is not done."""
-    return inv_json("build")
+def built() -> Iterator[dict[str, Any]]:
+    """What `inv build --json` answers for the default pin; it compiles llama.cpp when that is not done.
+
+    A toolchain that was in use before the tests is in use again after them.
+    """
+    before = current()
+    answer = inv_json("build")
+    yield answer
+    if before and before.id != answer["toolchain_id"]:
+        inv("use", before.id)
 
 
 @pytest.fixture(scope="session")

@@ -50,3 +50,43 @@ def inv_json(*arguments: str | Path, env: Mapping[str, str | None] | None = None
 def leftovers(folder: Path) -> list[Path]:
     """Everything below ``folder`` that a stopped run must not leave, or only until the next one."""
     return sorted(folder.rglob(".partial-*")) if folder.exists() else []
+
+
+ON_SMALL_DISK = """
+mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
+place=$2 after=$3 listing=$4; shift 4
+"$@" & pid=$!
+if [ -n "$after" ]; then # fill the disk once such a file is there
+    while kill -0 $pid 2>/dev/null && [ -z "$(find "$place" -name "$after")" ]; do sleep 0.02; done
+    head -c 1G /dev/zero >"$place/filler" 2>/dev/null
+fi
+wait $pid; status=$?
+(cd "$place" && find . -type f ! -name filler -exec sha256sum {} +) >"$listing"
+exit $status
+"""
+
+
+def on_small_disk(
+    size: str, place: Path, argv: list[str], *, env: Mapping[str, str | None], fill_after: str = ""
+) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+    """Run ``argv`` with a real file system of ``size`` mounted at ``place``, in a mount namespace of its own.
+
+    With ``fill_after`` the disk is filled to the brim once a file of that name pattern is there. Returns what
+    ran and the SHA-256 of every file that was left, by its path below ``place``.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    listing = place.with_name(place.name + ".listing")
+    shell = ["sh", "-c", ON_SMALL_DISK, "sh", size, str(place), fill_after, str(listing), *argv]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", *shell],
+        cwd=ROOT,
+        env=environment(env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+    )
+    assert done.returncode != 99, f"no user namespaces here, which this test needs: {done.stderr}"
+    left = [line.split("  ./", 1) for line in listing.read_text().splitlines()]
+    return done, {name: digest for digest, name in left}

@@ -64,6 +64,24 @@ def test_a_half_made_environment_is_made_again_and_then_kept(checkout: Path, tmp
     assert stamp.stat().st_mtime_ns == made
 
 
+def test_paths_mean_the_callers_folder(checkout: Path) -> None:
+    done = run(checkout, "quantize", "demo.yaml", "--dry-run", cwd=checkout / "recipes")
+    assert done.returncode == 0, done.stderr
+    assert "llama-quantize" in done.stdout
+
+
+def test_two_first_calls_make_one_environment(checkout: Path) -> None:
+    """The second waits for the first; both end well."""
+    (checkout / ".venv" / ".complete").unlink(missing_ok=True)
+    both = [
+        subprocess.Popen([checkout / "inv"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    told = [running.communicate(timeout=LONG_S)[1] for running in both]
+    assert [running.returncode for running in both] == [0, 0], told
+    assert "".join(told).count("making .venv") == 1
+    assert "".join(told).count("waiting for another ./inv") == 1
+
+
 def test_a_broken_environment_is_noticed_and_an_interrupt_leaves_no_stamp(checkout: Path) -> None:
     if not (checkout / ".venv" / ".complete").exists():
         assert run(checkout).returncode == 0
@@ -78,7 +96,6 @@ def test_a_broken_environment_is_noticed_and_an_interrupt_leaves_no_stamp(checko
     assert "making .venv" in told
     assert running.returncode != 0
     assert not stamp.exists()
-    assert not (checkout / ".venv.lock").exists()
 
 
 def test_a_python_that_is_too_old_or_missing_is_told(checkout: Path, tmp_path: Path) -> None:
@@ -92,4 +109,3 @@ def test_a_python_that_is_too_old_or_missing_is_told(checkout: Path, tmp_path: P
         )
         assert done.returncode == 3
         assert words in done.stderr
-        assert not (checkout / ".venv.lock").exists()
