@@ -43,7 +43,7 @@ def tree(tmp_path: Path) -> SourceTree:
         (machine(), None, 8, "8 CPUs"),
         (machine(quota=2.5), None, 2, "quota 2.5"),
         (machine(quota=0.5), None, 1, "quota 0.5"),
-        (machine(available=4 * GIB), None, 2, "memory is free"),
+        (machine(available=4 * GIB), None, 4, "memory is free"),
         (machine(available=GIB // 2), None, 1, "memory is free"),
         (machine(available=GIB), 6, 6, "asked for"),
     ],

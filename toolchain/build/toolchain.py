@@ -72,7 +72,8 @@ def load(toolchain_id: str) -> Toolchain | None:
 
 def list_ids() -> list[str]:
     """Ids of all finished Toolchains."""
-    return sorted(note.parent.name for note in files.home_dir("toolchains").glob("[!.]*/toolchain.json"))
+    folders = files.home_dir("toolchains").glob("[!.]*/toolchain.json")
+    return sorted(note.parent.name for note in folders if load(note.parent.name) and note.parent.name != "current")
 
 
 def find(prefix: str) -> Toolchain:

@@ -14,6 +14,10 @@ from toolchain.base.errors import ArtifactError
 from toolchain.stages.stage import Stage
 
 FINAL = re.compile(r"Final estimate: PPL(?:\s*=\s*|\s+over .*?=\s*)([\d.]+|nan|inf|-nan)(?: \+/- ([\d.]+))?")
+TOO_SHORT = "you need at least"
+TRIES = 3
+"""llama.cpp's logger is a thread that the end of the program does not wait for (llama.cpp issue 22142): under
+load the last lines, and with them the figure, can be lost though all went well. Then we ask again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +57,17 @@ class Evaluate(Stage):
         return (str(self.tool), "--model", str(self.model), "--file", str(self.corpus), *size, *limit)
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
-        said = command.run(
-            self.command(output),
-            what=f"judging {self.label}",
-            log=log,
-            parse=parse_chunks,
-            on_progress=on_progress,
-        ).output
-        final = FINAL.search(said)
+        for _ in range(TRIES):
+            said = command.run(
+                self.command(output),
+                what=f"judging {self.label}",
+                log=log,
+                parse=parse_chunks,
+                on_progress=on_progress,
+            ).output
+            final = FINAL.search(said)
+            if final or TOO_SHORT in said:
+                break
         if not final:
             raise ArtifactError(
                 f"llama-perplexity gave no figure for {self.label}",
