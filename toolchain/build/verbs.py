@@ -116,7 +116,7 @@ def _built_json(built: Built) -> dict[str, object]:
         "backends": list(made.backends),
         "architectures": [],
         "executed": None,
-        "reason": "a CPU build",
+        "reason": "a CPU build" if set(made.backends) <= {"CPU"} else "see `./inv test --tier gpu`",
         "wheel": str(made.wheel),
         "seconds": round(built.seconds, 3),
     }

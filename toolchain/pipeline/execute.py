@@ -99,7 +99,7 @@ def _refuse_other_model(plan: Plan) -> None:
 
 
 def _model_name(plan: Plan) -> str:
-    return f"{plan.source.kind}:{plan.source.model_dir or plan.source.name}"
+    return f"{plan.source.kind}:{plan.source.path or plan.source.name}"
 
 
 def _require_disk(plan: Plan, todo: list[Step]) -> None:

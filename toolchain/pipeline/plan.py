@@ -32,14 +32,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The recipe's model as far as it can be known before a step runs; ``digest`` identifies its content."""
+    """The recipe's model as far as it can be known before a step runs.
+
+    ``digest`` identifies the content of a local one, which lies at ``path``.
+    """
 
     kind: str
     name: str
     commit: str | None
     digest: str
     n_params: int
-    model_dir: Path | None = None
+    path: Path | None = None
     snapshot: hub.HubSnapshot | None = None
 
 
@@ -89,7 +92,7 @@ def _describe_source(recipe: Recipe, recipe_dir: Path, update: bool) -> Source:
             commit=None,
             digest=content,
             n_params=count_params(path),
-            model_dir=path,
+            path=path,
         )
     assert model.gguf is not None
     path = _place(recipe_dir, model.gguf)
@@ -109,7 +112,7 @@ def _describe_source(recipe: Recipe, recipe_dir: Path, update: bool) -> Source:
         commit=None,
         digest=files.digest([files.known_sha256(shard) for shard in header.shard_paths]),
         n_params=header.n_params,
-        model_dir=path,
+        path=path,
     )
 
 
@@ -188,8 +191,8 @@ def _plan_conversion(
     needs: tuple[str, ...] = ()
     match source.kind:
         case "gguf":
-            assert source.model_dir is not None
-            return source.model_dir, ()
+            assert source.path is not None
+            return source.path, ()
         case "demo":
             model_dir, needs = graph.add("fetch", MakeDemo(preset=source.name), name=source.name, needs=()), ("fetch",)
         case "hub":
@@ -198,8 +201,8 @@ def _plan_conversion(
             graph.add("fetch", FetchHub(snapshot=source.snapshot, cache_dir=cache), name="fetched", needs=())
             model_dir, needs = hub.snapshot_path(source.snapshot, cache), ("fetch",)
         case _:
-            assert source.model_dir is not None
-            model_dir = source.model_dir
+            assert source.path is not None
+            model_dir = source.path
     convert = Convert(
         model_dir=model_dir,
         model_name=source.name.rpartition("/")[2] if source.kind != "demo" else f"demo {source.name}",
