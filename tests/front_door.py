@@ -26,8 +26,13 @@ def inv_argv(*arguments: str | Path) -> list[str]:
 
 
 def inv(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
+    return run(inv_argv(*arguments), env=env)
+
+
+def run(argv: list[str], *, env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
+    """A child in the project's folder to its end, whatever its status, with both streams kept."""
     return subprocess.run(
-        inv_argv(*arguments),
+        argv,
         cwd=ROOT,
         env=environment(env),
         stdin=subprocess.DEVNULL,
@@ -36,6 +41,24 @@ def inv(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> 
         timeout=LONG_S,
         check=False,
     )
+
+
+def json_without_processes(statements: str) -> dict[str, Any]:
+    """The object that ``statements`` print, run in a Python that fails if any process is started.
+
+    Counted by the interpreter's own audit events, which every way to start a process raises.
+    """
+    program = (
+        "import sys\nfrom pathlib import Path\nstarted = []\n"
+        "names = ('subprocess.Popen', 'os.fork', 'os.posix_spawn', 'os.exec', 'os.system')\n"
+        "sys.addaudithook(lambda event, args: started.append(event) if event in names else None)\n"
+        f"{statements}\nassert not started, started\n"
+    )
+    done = run([sys.executable, "-c", program])
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert isinstance(value, dict)
+    return value
 
 
 def inv_json(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> dict[str, Any]:
@@ -77,16 +100,7 @@ def on_small_disk(
     place.mkdir(parents=True, exist_ok=True)
     listing = place.with_name(place.name + ".listing")
     shell = ["sh", "-c", ON_SMALL_DISK, "sh", size, str(place), fill_after, str(listing), *argv]
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", *shell],
-        cwd=ROOT,
-        env=environment(env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-        check=False,
-    )
+    done = run(["unshare", "--user", "--map-root-user", "--mount", *shell], env=env)
     assert done.returncode != 99, f"no user namespaces here, which this test needs: {done.stderr}"
     left = [line.split("  ./", 1) for line in listing.read_text().splitlines()]
     return done, {name: digest for digest, name in left}

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from tests.loopback_hub import GOOD_TOKEN, OTHER_TOKEN, Faults, LoopbackHub, serve_hub
-from toolchain.stages.hub import HubFile, HubSnapshot, choose_files, snapshot_dir
+from toolchain.stages.hub import HubFile, HubSnapshot, snapshot_dir
+from toolchain.stages.hub_files import choose_files
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 10 * 1024 * 1024  # the client hands bytes to the file in chunks of this size

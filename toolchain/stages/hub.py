@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,28 +23,12 @@ from typing import Any
 from toolchain.base import files
 from toolchain.base.errors import FetchError
 from toolchain.stages.hub_errors import ANEW, Stop, Where, WrongLengthError, not_convertible, patiently, require_names
+from toolchain.stages.hub_files import choose_files
 
 _WORKERS = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LIBRARY_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.incomplete")
-
-# What convert_hf_to_gguf.py reads: model*.safetensors, else pytorch_model*.bin, from the top folder. The
-# strict patterns pass over duplicates such as model.fp16.safetensors; the loose ones are the fallback.
-_WEIGHTS = (
-    (r"model([-_]\d+[-_]of[-_]\d+)?\.safetensors", "model.safetensors.index.json"),
-    (r"model.*\.safetensors", "model.safetensors.index.json"),
-    (r"pytorch_model([-_]\d+[-_]of[-_]\d+)?\.bin", "pytorch_model.bin.index.json"),
-    (r"pytorch_model.*\.bin", "pytorch_model.bin.index.json"),
-)
-_BESIDE_WEIGHTS = re.compile(
-    r"(config|generation_config|special_tokens_map|added_tokens|vocab|tekken|chat_template|modules"
-    r"|preprocessor_config|processor_config|video_preprocessor_config)\.json"
-    r"|tokenizer[^/]*\.(json|model)|tokenizer\.model\.v\d+|vocab\.txt|merges\.txt|[^/]*\.tiktoken"
-    r"|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja|\d+_\w+/config\.json"
-    r"|(README|LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +81,6 @@ def resolve_snapshot(repo: str, revision: str) -> HubSnapshot:
         files=tuple(HubFile(name=name, bytes=sizes[name].size, sha256=_stated_sha256(sizes[name])) for name in names),
         n_params=info.safetensors.total if info.safetensors else None,
     )
-
-
-def choose_files(names: Iterable[str]) -> tuple[str, ...]:
-    """The names conversion needs, sorted; empty when there are no weights it can read.
-
-    Never Python code, and no second copy of the weights in another format.
-    """
-    present = sorted(names)
-    for pattern, index in _WEIGHTS:
-        if weights := [name for name in present if re.fullmatch(pattern, name) and "/" not in name]:
-            rest = [name for name in present if name == index or _BESIDE_WEIGHTS.fullmatch(name)]
-            return tuple(sorted({*weights, *rest}))
-    return ()
 
 
 def snapshot_dir(snapshot: HubSnapshot, cache_dir: Path) -> Path | None:
