@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ import pytest
 
 from tests.front_door import ROOT, inv, inv_json
 from toolchain.build.toolchain import Toolchain, current, load
+
+
+# A shell starts background jobs deaf to SIGINT, and children inherit that; the tests interrupt theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

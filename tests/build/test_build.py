@@ -104,7 +104,8 @@ def test_another_option_set_lies_beside_it_after_an_interrupt(built: dict[str, A
 
     Whether the proof's decode holds for it is part of the build; the current toolchain stays what it was.
     """
-    source = f"path:{next((files.home_dir('sources')).glob('sdist-*0.3.36*'))}/vendor/llama.cpp"
+    note = next(files.home_dir("sources").glob("sdist-*0.3.36*/source.json"))
+    source = f"path:{note.parent}/vendor/llama.cpp"
     options = ("build", "--no-use", "--source", source, "--define", "GGML_NATIVE=OFF")
     wanted = inv_json(*options, "--dry-run")["toolchain_id"]
     assert wanted != built["toolchain_id"]
