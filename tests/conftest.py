@@ -13,7 +13,6 @@ import pytest
 from tests.front_door import ROOT, inv, inv_json
 from toolchain.build.toolchain import Toolchain, current, load
 
-
 # A shell starts background jobs deaf to SIGINT, and children inherit that; the tests interrupt theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
