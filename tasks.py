@@ -39,9 +39,9 @@ def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
                 console.failure(error)
                 sys.exit(error.exit_code)
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
+                _nobody_reads()
             except KeyboardInterrupt:
-                console.warn("interrupted; what was finished is kept, and the same command goes on from there")
+                console.warn("interrupted; finished steps are kept, and the same command goes on after them")
                 sys.exit(INTERRUPTED_EXIT_CODE)
             except Exception:
                 traceback.print_exc()
@@ -129,6 +129,9 @@ def demo(c: Context, prompt: str = "The import statement") -> None:
     argv = (sys.executable, "-m", "runtime", "complete", str(DEMO_RECIPE), "-p", prompt, "-n", "64", "--seed", "1")
     console.say(f"$ python {command.shown(argv[1:])}")
     command.attach(argv, what="generating text")
+    console.say(
+        f"talk with it: . .venv/bin/activate; python -m runtime chat {DEMO_RECIPE.relative_to(files.PROJECT_ROOT)}"
+    )
 
 
 @foundry_task(help={"toolchains": "also all toolchains but the current one", "all": "all that can be made again"})
@@ -198,5 +201,20 @@ class Front(Program):
         sys.exit(UsageError.exit_code)
 
 
+def main(argv: list[str]) -> None:
+    """Run what was typed; `inv TASK --help` is what everybody tries for `inv --help TASK`."""
+    if len(argv) > 2 and argv[-1] in ("-h", "--help") and argv[-2].isidentifier():
+        argv = [*argv[:-2], "--help", argv[-2]]
+    try:
+        Front(name="inv", binary="inv").run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _nobody_reads()
+
+
+def _nobody_reads() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    Front(name="inv", binary="inv").run()
+    main(sys.argv)

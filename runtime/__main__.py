@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, UsageError
+from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.failure(error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        # Not through the console: it may be what is missing.
+        sys.stderr.write(
+            f"✗ this Python has no {error.name}: {sys.executable}\n  → . .venv/bin/activate, or run `./inv`\n"
+        )
+        return MissingError.exit_code
     except Exception:
         traceback.print_exc()
         return 1

@@ -167,6 +167,8 @@ def save(session: Session, name: str, *, overwrite: bool = False) -> Path:
     path = files.expand(name)
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint=f"/save {path / 'talk.json'}")
+    if not path.parent.is_dir():
+        raise UsageError(f"no directory {path.parent}", hint="/save talk.json writes into the current one")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists", hint=f"/save! {name} writes over it")
     try:

@@ -22,6 +22,7 @@ from runtime.library_log import LibraryLog
 from runtime.reply import Chunk, FinishReason, ReplyStats, StopSplitter
 from runtime.sampling import SamplingOptions, build_chain
 from runtime.settings import Settings
+from toolchain.base.command import OPENMP_DEFAULTS
 from toolchain.base.errors import ArtifactError, FoundryError, MemoryFitError, MissingError, UsageError
 
 # enum ggml_type in ggml.h
@@ -314,6 +315,8 @@ def _context_params(lib: Any, settings: Settings) -> Any:
 
 
 def _import_library() -> Any:
+    for name, value in OPENMP_DEFAULTS.items():
+        os.environ.setdefault(name, value)  # read when the library is loaded
     try:
         import llama_cpp.llama_cpp as lib
     except ModuleNotFoundError as error:

@@ -39,6 +39,31 @@ def test_the_tasks_are_listed() -> None:
         assert f"  {name} " in listed
 
 
+@pytest.mark.parametrize("typed", ["quantize --help", "--help quantize", "quantize -h"])
+def test_help_of_a_task_is_found_from_both_sides(typed: str) -> None:
+    done = inv(*typed.split())
+    assert done.returncode == 0, done.stderr
+    assert "--dry-run" in done.stdout
+
+
+def test_the_runtime_outside_the_environment_says_how_to_enter_it() -> None:
+    bare = ["-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.__main__ import main; "
+            "sys.exit(main(['chat', 'demo']))"]  # fmt: skip
+    done = subprocess.run([sys.executable, *bare], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert ".venv/bin/activate" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["FOUNDRY_HOME", "FOUNDRY_MODELS"])
+def test_a_place_that_cannot_be_made_is_told(variable: str) -> None:
+    done = inv("quantize", "recipes/demo.yaml", "--dry-run", env={variable: "/proc/nowhere"})
+    if variable == "FOUNDRY_MODELS":  # a plan alone writes nothing there
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 3, done.stderr
+    assert "set FOUNDRY_HOME" in done.stderr
+
+
 @pytest.mark.parametrize(
     "argv", [["tasks.py", "--list"], ["-m", "runtime", "--help"], ["-m", "runtime", "chat", "--help"]]
 )

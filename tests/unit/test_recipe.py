@@ -48,7 +48,7 @@ def test_short_and_long_forms_are_read(tmp_path: Path) -> None:
         ("  - Q4_K_M", "  - IQ3_XS", 5, "importance matrix"),
         ("q8_0}", "q8_1x}", 6, "no tensor type"),
         ('"output.weight"', '"\\\\D"', 6, "lower case"),
-        ("  - Q4_K_M", "  - 4", 5, "valid dictionary"),
+        ("  - Q4_K_M", "  - 4", 5, "keys and values"),
         ("name: small", "nmae: small", 1, "did you mean name?"),
         ("name: small", "name: ../../evil", 1, "match pattern"),
         ("name: small", "name: small\nname: other", 2, "name is given twice"),

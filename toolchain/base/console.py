@@ -70,8 +70,7 @@ def answer_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 200
+    console.width = max(console.width, 120)  # a narrow terminal wraps the line, which loses no figure
     console.print(table)
 
 

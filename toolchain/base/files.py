@@ -280,7 +280,10 @@ def disk_error(error: OSError, path: Path) -> FoundryError | None:
         return disk_full(path, str(error))
     elsewhere = isinstance(error.filename, str) and path not in (named := Path(error.filename), *named.parents)
     elsewhere = elsewhere and path.parent not in named.parents and named not in path.parents
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and not elsewhere:
+    if (
+        error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+        and not elsewhere
+    ):
         return MissingError(f"cannot write {path}", evidence=str(error), hint=_elsewhere(path))
     return None
 

@@ -74,7 +74,7 @@ def execute(plan: Plan) -> Outcome:
     """
     lock = plan.folder / ".lock"
     with files.home_in_use(), files.locked(lock, lambda pid: console.say(f"waiting for process {pid} (same recipe)")):
-        _refuse_other_model(plan)
+        refuse_other_model(plan)
         files.sweep(plan.folder)
         todo = missing_steps(plan)
         _require_disk(plan, todo)
@@ -86,8 +86,8 @@ def execute(plan: Plan) -> Outcome:
     return outcome
 
 
-def _refuse_other_model(plan: Plan) -> None:
-    """Two recipes of one name would replace each other's files: the folder belongs to one model."""
+def refuse_other_model(plan: Plan) -> None:
+    """UsageError when the results folder belongs to another model: one of the same name would replace its files."""
     known = files.read_json(plan.folder / MANIFEST)
     model = _model_name(plan)
     if isinstance(known, dict) and known.get("model") not in (None, model):

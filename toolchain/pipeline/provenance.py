@@ -85,22 +85,25 @@ def verify(artifact: Path) -> dict[str, object]:
 
     Raises ArtifactError for what does not agree, UsageError when there is no sidecar to compare with.
     """
-    read_header(artifact)
-    noted = read_sidecar(artifact)
+    noted, again = read_sidecar(artifact), "make it again: run its recipe, which replaces it"
     if not noted:
+        there = sidecar_path(artifact).exists()
         raise UsageError(
-            f"{artifact} has no sidecar to verify it against",
+            f"{artifact} has no sidecar{' that can be read' if there else ''} to verify it against",
             evidence=f"looked for {sidecar_path(artifact)}",
             hint="files made by `./inv quantize` have one; run the recipe again",
         )
+    if not artifact.is_file():
+        raise UsageError(f"{artifact} is gone", evidence=f"{sidecar_path(artifact)} is there", hint=again)
     found = files.sha256_file(artifact)
     if found != noted["sha256"]:
         raise ArtifactError(
             f"{artifact} is not the file that was made",
             evidence=f"expected sha256 {noted['sha256']}, {noted['bytes']} bytes\n"
             f"found    sha256 {found}, {artifact.stat().st_size} bytes",
-            hint="make it again: run its recipe, which replaces it",
+            hint=again,
         )
+    read_header(artifact)
     return noted
 
 

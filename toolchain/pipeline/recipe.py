@@ -24,6 +24,14 @@ from toolchain.stages.quantize import BITS_PER_WEIGHT, NEEDS_IMATRIX
 
 MAX_RECIPE_BYTES = 1 << 20
 BUILTIN_CORPUS = "builtin:python-docs"
+# pydantic's own words for these speak of Python's types.
+PLAINLY = {
+    "missing": "is missing",
+    "model_type": "is made of keys and values, as in `model: {hub: OWNER/NAME}` (in quantize, a type's name will do)",
+    "tuple_type": "is a list: write `- Q4_K_M`",
+    "string_type": "is text: put it in quotes",
+    "too_short": "needs at least one entry that is right",
+}
 SCHEMA_NAME = "recipe.schema.json"
 
 
@@ -211,8 +219,8 @@ def _describe(problem: ErrorDetails, root: yaml.Node | None, path: Path) -> str:
         near = difflib.get_close_matches(key, allowed, n=1)
         message = f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(allowed)}")
         dotted = ".".join(str(part) for part in where[:-1])
-    elif problem["type"] == "missing":
-        message = "is missing"
+    else:
+        message = PLAINLY.get(problem["type"], message)
     return f"{_where(path, place)}: {dotted + ': ' if dotted else ''}{message}"
 
 

@@ -10,7 +10,7 @@ from toolchain.build import toolchain
 from toolchain.build.toolchain import Toolchain
 from toolchain.build.verbs import ensure_current
 from toolchain.pipeline import report
-from toolchain.pipeline.execute import execute, missing_steps
+from toolchain.pipeline.execute import execute, missing_steps, refuse_other_model
 from toolchain.pipeline.plan import Plan, describe_source, make_plan
 from toolchain.pipeline.recipe import SCHEMA_NAME, load_recipe, schema_text
 
@@ -34,6 +34,7 @@ def show_plan(recipe_path: Path, *, update: bool, as_json: bool) -> None:
     recipe = load_recipe(recipe_path)
     source = describe_source(recipe, recipe_path.parent, update=update)
     plan = make_plan(recipe, recipe_path=recipe_path, source=source, toolchain=toolchain.current() or _unbuilt())
+    refuse_other_model(plan)
     todo = missing_steps(plan)
     if as_json:
         console.answer_json(report.plan_json(plan, todo))

@@ -89,7 +89,8 @@ def parse_percent(recent: str) -> tuple[int, int] | None:
 def check_model_dir(path: Path) -> None:
     """Raise UsageError unless ``path`` looks like a Hugging Face model folder."""
     if not path.is_dir():
-        raise UsageError(f"no such model folder: {path}", hint="model.path is relative to the recipe's folder")
+        what = f"{path} is a file, not a model folder" if path.exists() else f"no such model folder: {path}"
+        raise UsageError(what, hint="model.path names a folder, relative to the recipe's")
     names = [p.name for p in path.iterdir()]
     if "config.json" not in names or not any(n.endswith((".safetensors", ".bin")) for n in names):
         raise UsageError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from toolchain.base import command, machine
 from toolchain.base.command import OnProgress
-from toolchain.base.errors import ArtifactError
+from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.stages.stage import Stage
 
 FINAL = re.compile(r"Final estimate: PPL(?:\s*=\s*|\s+over .*?=\s*)([\d.]+|nan|inf|-nan)(?: \+/- ([\d.]+))?")
@@ -68,11 +68,17 @@ class Evaluate(Stage):
             final = FINAL.search(said)
             if final or TOO_SHORT in said:
                 break
+        if TOO_SHORT in said:
+            raise UsageError(
+                f"the evaluation text is too short for windows of {self.n_ctx} tokens",
+                evidence=next(line for line in said.splitlines() if TOO_SHORT in line),
+                hint="give a longer evaluate.corpus, or a smaller evaluate.n_ctx",
+            )
         if not final:
             raise ArtifactError(
                 f"llama-perplexity gave no figure for {self.label}",
                 evidence="\n".join(said.splitlines()[-8:]),
-                hint=f"the corpus may be too short: it needs at least {2 * self.n_ctx} tokens; set evaluate.n_ctx",
+                hint=f"read {log}, then run the recipe again",
             )
         figures = {"perplexity": float(final[1]), "error": float(final[2] or "nan"), "n_ctx": self.n_ctx}
         output.write_text(json.dumps(figures))
