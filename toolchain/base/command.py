@@ -22,9 +22,9 @@ import psutil
 
 from toolchain.base.errors import CommandError, FoundryError, MissingError
 
-OPENMP_DEFAULTS: Mapping[str, str] = {"GOMP_SPINCOUNT": "3000"}
-"""GNU OpenMP's threads spin at a barrier for milliseconds unless told otherwise; when anything else wants a CPU,
-generation then falls to a hundredth. Some tens of microseconds are enough for the barriers of a decode."""
+OPENMP_DEFAULTS: Mapping[str, str] = {"GOMP_SPINCOUNT": "10000"}
+"""GNU OpenMP's threads spin at a barrier for milliseconds unless told otherwise; when anything else wants their
+CPUs, generation can fall to a thousandth. The figures behind this bound stand in docs/performance.md."""
 TAIL_LINES = 20
 _WINDOW = 4096  # characters of recent output that a progress parser sees
 
