@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ RECIPE = "name: from-hub\nmodel: {hub: acme/tiny, revision: main}\nquantize: [Q4
 
 
 @pytest.fixture(scope="module")
-def hub(demo: dict[str, Any]) -> Iterator[LoopbackHub]:
-    """The demo's folder served as acme/tiny, and as acme/gated behind a licence."""
+def hub(demo: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """The demo's folder served as acme/tiny and, at a commit that is new each time, as acme/gated behind a licence."""
     folder = next((files.home_dir("work") / "steps").glob("*/tiny"))
-    with serve_hub({"acme/tiny": folder, "acme/gated": folder}, {"acme/gated": Faults(gated=True)}) as served:
+    gated = tmp_path_factory.mktemp("hub") / "gated"
+    shutil.copytree(folder, gated)
+    (gated / "README.md").write_text(str(uuid.uuid4()))
+    with serve_hub({"acme/tiny": folder, "acme/gated": gated}, {"acme/gated": Faults(gated=True)}) as served:
         yield served
 
 
@@ -56,8 +61,6 @@ def test_a_hub_model_is_pinned_fetched_and_quantized(
 
 def test_a_gated_model_says_how_to_get_a_token_and_then_works(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("acme/tiny", "acme/gated"))
-    for cached in files.home_dir("hub").glob("models--acme--gated"):
-        files.remove(cached, within=files.foundry_home())
     done = inv("quantize", recipe)
     assert done.returncode == 4, done.stderr
     assert "gated" in done.stderr
