@@ -54,6 +54,11 @@ def test_a_missing_program_is_a_missing_error() -> None:
         command.run(["no-such-program-anywhere"], what="trying")
 
 
+def test_a_missing_program_for_our_own_terminal_is_a_missing_error() -> None:
+    with pytest.raises(MissingError):
+        command.attach(["no-such-program-anywhere"], what="trying")
+
+
 def test_output_that_is_not_utf8_does_no_harm() -> None:
     code = "import os; os.write(1, b'caf\\xe9 \\xff\\n')"
     assert "caf" in command.run(python(code), what="printing").output

@@ -7,22 +7,11 @@ import pytest
 
 from runtime.memory import kv_bytes_per_token, require_context_fits
 from runtime.settings import settle
+from tests.described import machine
 from toolchain.base.errors import MemoryFitError
 from toolchain.base.gguf import GgufHeader, MetadataValue
-from toolchain.base.machine import Machine
 
-HERE = Machine(
-    system="Linux",
-    arch="x86_64",
-    cpu_model="test",
-    cpu_flags=frozenset(),
-    cpus=2,
-    cores=2,
-    quota=None,
-    ram_bytes=2**30,
-    available_bytes=2**29,
-    gpus=(),
-)
+HERE = machine(cpus=2, cores=2, ram_bytes=2**30, available_bytes=2**29)
 
 
 def header(**metadata: MetadataValue) -> GgufHeader:

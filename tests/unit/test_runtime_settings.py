@@ -5,21 +5,10 @@ from dataclasses import replace
 import pytest
 
 from runtime.settings import ALL_LAYERS, NAMES, Setting, Settings, Value, settle
+from tests.described import machine
 from toolchain.base.errors import UsageError
-from toolchain.base.machine import Machine
 
-HERE = Machine(
-    system="Linux",
-    arch="x86_64",
-    cpu_model="test",
-    cpu_flags=frozenset(),
-    cpus=8,
-    cores=4,
-    quota=None,
-    ram_bytes=2**34,
-    available_bytes=2**33,
-    gpus=(),
-)
+HERE = machine(ram_bytes=2**34, available_bytes=2**33)
 
 
 def settled(n_ctx_train: int | None = 2048, **layers: object) -> Settings:

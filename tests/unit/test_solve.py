@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.described import GIB, machine
 from tests.mini_llama import write_tree
 from toolchain.base.errors import UsageError
 from toolchain.base.machine import Compiler, Machine
@@ -13,23 +14,6 @@ from toolchain.build.compile import toolchain_id
 from toolchain.build.options import choose_options
 from toolchain.build.pin import SourceTree
 from toolchain.build.solve import choose_jobs
-
-GIB = 1 << 30
-
-
-def machine(*, cpus: int = 8, quota: float | None = None, available: int = 64 * GIB, flags: str = "avx2") -> Machine:
-    return Machine(
-        system="Linux",
-        arch="x86_64",
-        cpu_model="described",
-        cpu_flags=frozenset(flags.split()),
-        cpus=cpus,
-        cores=cpus // 2,
-        quota=quota,
-        ram_bytes=64 * GIB,
-        available_bytes=available,
-        gpus=(),
-    )
 
 
 def tree(tmp_path: Path) -> SourceTree:
@@ -43,9 +27,9 @@ def tree(tmp_path: Path) -> SourceTree:
         (machine(), None, 8, "8 CPUs"),
         (machine(quota=2.5), None, 2, "quota 2.5"),
         (machine(quota=0.5), None, 1, "quota 0.5"),
-        (machine(available=4 * GIB), None, 4, "memory is free"),
-        (machine(available=GIB // 2), None, 1, "memory is free"),
-        (machine(available=GIB), 6, 6, "asked for"),
+        (machine(available_bytes=4 * GIB), None, 4, "memory is free"),
+        (machine(available_bytes=GIB // 2), None, 1, "memory is free"),
+        (machine(available_bytes=GIB), 6, 6, "asked for"),
     ],
 )
 def test_jobs_come_from_quota_and_memory(described: Machine, asked: int | None, jobs: int, why: str) -> None:
@@ -82,12 +66,14 @@ def test_the_id_follows_what_the_build_depends_on_and_nothing_else(tmp_path: Pat
     native, portable = choose_options(source, []), choose_options(source, ["GGML_NATIVE=OFF"])
     base = toolchain_id(source, native, gcc, machine())
     moved = (Compiler(path=Path("/opt/cc"), version="gcc 12"),)
-    assert toolchain_id(source, native, moved, machine(quota=1.0, available=GIB)) == base
+    assert toolchain_id(source, native, moved, machine(quota=1.0, available_bytes=GIB)) == base
     different = {
         toolchain_id(source, portable, gcc, machine()),
         toolchain_id(source, native, (Compiler(path=Path("/usr/bin/cc"), version="gcc 13"),), machine()),
-        toolchain_id(source, native, gcc, machine(flags="avx2 avx512f")),
+        toolchain_id(source, native, gcc, machine(cpu_flags=frozenset({"avx2", "avx512f"}))),
         base,
     }
     assert len(different) == 4
-    assert toolchain_id(source, portable, gcc, machine(flags="sse2")) == toolchain_id(source, portable, gcc, machine())
+    assert toolchain_id(source, portable, gcc, machine(cpu_flags=frozenset({"sse2"}))) == toolchain_id(
+        source, portable, gcc, machine()
+    )

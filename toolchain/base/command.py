@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -64,21 +64,16 @@ def run(
     command = [str(part) for part in argv]
     started = time.monotonic()
     text = ""
-    try:
-        child = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=_environment(env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    except FileNotFoundError as error:
-        raise MissingError(
-            f"{what}: {command[0]} is not there", evidence=str(error), hint=hint or "run `./inv build`"
-        ) from error
-    except OSError as error:
-        raise CommandError(f"{what}: {command[0]} cannot be started", evidence=str(error), hint=hint) from error
+    child = _start(
+        command,
+        what=what,
+        hint=hint,
+        cwd=cwd,
+        env=_environment(env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     sink = _open_log(log, command)
     try:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -118,7 +113,7 @@ def capture(
 def attach(argv: Sequence[str | Path], *, what: str, cwd: Path | None = None) -> None:
     """Run ``argv`` on our own terminal, its stdout on ours; CommandError when it fails."""
     command = [str(part) for part in argv]
-    child = subprocess.Popen(command, cwd=cwd)
+    child = _start(command, what=what, hint="run `./inv` to mend the environment", cwd=cwd)
     try:
         status = child.wait()
     except BaseException:
@@ -142,6 +137,17 @@ def parse_counter(recent: str) -> tuple[int, int] | None:
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     kept = {name: value for name, value in {**OPENMP_DEFAULTS, **os.environ}.items() if name not in changes}
     return kept | {name: value for name, value in changes.items() if value is not None}
+
+
+def _start(command: list[str], *, what: str, hint: str, **how: Any) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, **how)
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{what}: {command[0]} is not there", evidence=str(error), hint=hint or "run `./inv build`"
+        ) from error
+    except OSError as error:
+        raise CommandError(f"{what}: {command[0]} cannot be started", evidence=str(error), hint=hint) from error
 
 
 def _open_log(log: Path | None, command: list[str]) -> IO[bytes] | None:

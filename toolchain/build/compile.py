@@ -110,14 +110,14 @@ def _compile(configuration: Configuration) -> Toolchain:
     build_dir = files.home_dir("work") / f"build-{configuration.id}"
     log = files.home_dir("logs") / f"build-{configuration.id}.log"
     files.require_free(root, DISK_BYTES, "compiling llama.cpp")
-    tree, tools = configuration.tree, {name: cmake.find_tool(name) for name in ("cmake", "ninja")}
+    tree, program = configuration.tree, cmake.find_tool("cmake")
     with files.disk_errors(root), files.staged(root) as partial:
         with console.step("configure llama.cpp"):
-            _configure(configuration, build_dir, log)
+            _configure(configuration, program, build_dir, log)
         with console.step("compile llama.cpp") as step:
             step.note = f"{configuration.jobs.count} jobs ({configuration.jobs.reason})"
             command.run(
-                cmake.build_argv(cmake=tools["cmake"], build=build_dir, jobs=configuration.jobs.count),
+                cmake.build_argv(cmake=program, build=build_dir, jobs=configuration.jobs.count),
                 what="compiling llama.cpp",
                 log=log,
                 parse=command.parse_counter,
@@ -126,7 +126,7 @@ def _compile(configuration: Configuration) -> Toolchain:
             )
         with console.step("package the Python bindings"):
             command.run(
-                cmake.install_argv(cmake=tools["cmake"], build=build_dir, prefix=partial),
+                cmake.install_argv(cmake=program, build=build_dir, prefix=partial),
                 what="installing llama.cpp",
                 log=log,
             )
@@ -155,10 +155,10 @@ def _compile(configuration: Configuration) -> Toolchain:
     return made
 
 
-def _configure(configuration: Configuration, build_dir: Path, log: Path) -> None:
+def _configure(configuration: Configuration, program: Path, build_dir: Path, log: Path) -> None:
     """Run cmake. A failed configuration is thrown away, a finished one lets ninja go on where it stopped."""
     argv = cmake.configure_argv(
-        cmake=cmake.find_tool("cmake"),
+        cmake=program,
         ninja=cmake.find_tool("ninja"),
         source=configuration.tree.llama,
         build=build_dir,
