@@ -55,7 +55,19 @@ def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
 @foundry_task(
     iterable=["define"],
     help={
+        "legacy-finetune": "the LoRA trainer of 2023, beside the other toolchains",
         "source": "sdist:NAME==VERSION, git:URL@REF or path:DIR",
+        "cuda": "for NVIDIA GPUs",
+        "cuda-arch": "75,86,90, native or portable (default: the visible GPUs, else portable)",
+        "cuda-toolkit": "a toolkit's folder, or `index` for the package index's (default: the newest that fits)",
+        "cpu": "no accelerator (the default)",
+        "blas": "openblas or blis",
+        "vulkan": "GPUs of any maker through Vulkan",
+        "rpc": "layers on other machines",
+        "native": "code for this very CPU (the default)",
+        "portable": "all CPU variants, the best one loaded at run time",
+        "ui": "llama-server with its web page (needs node and npm)",
+        "debug": "assertions and debug information, not optimized",
         "define": "an option for cmake, NAME=VALUE; repeatable",
         "jobs": "compilers at once (default: from CPU quota and memory)",
         "update": "ask again what a git branch or tag stands for",
@@ -66,6 +78,18 @@ def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
 )
 def build(
     c: Context,
+    cuda: bool = False,
+    cuda_arch: str | None = None,
+    cuda_toolkit: str | None = None,
+    cpu: bool = False,
+    blas: str | None = None,
+    vulkan: bool = False,
+    rpc: bool = False,
+    native: bool = False,
+    portable: bool = False,
+    ui: bool = False,
+    debug: bool = False,
+    legacy_finetune: bool = False,
     source: str | None = None,
     define: Sequence[str] | None = None,
     jobs: str | None = None,
@@ -77,7 +101,18 @@ def build(
     """Fetch and compile llama.cpp once; package and prove the Python bindings on it."""
     from toolchain.build import verbs
 
-    request = verbs.request(source=source, defines=define or (), jobs=jobs, update=update)
+    flags = {"cuda": cuda, "cpu": cpu, "vulkan": vulkan, "rpc": rpc, "native": native, "portable": portable}
+    flags |= {"ui": ui, "debug": debug, **({blas: True} if blas else {})}
+    request = verbs.request(
+        source=source,
+        defines=define or (),
+        variants=[name for name, on in flags.items() if on],
+        cuda_arch=cuda_arch,
+        cuda_toolkit=cuda_toolkit,
+        legacy=legacy_finetune,
+        jobs=jobs,
+        update=update,
+    )
     if dry_run:
         verbs.show_configuration(request, as_json=json)
     else:

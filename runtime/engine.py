@@ -1,4 +1,4 @@
-"""The only importer of llama_cpp: loads a model and streams tokens through the C API.
+"""Loads a model and streams tokens through the C API.
 
 The loop per token is four C calls (sample, end-of-generation test, piece, decode) on buffers made once; it
 asks Python for nothing else. The cache keeps what it holds between calls, and a prompt that begins with the
@@ -18,12 +18,12 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple
 
 from runtime.interrupts import Interrupt
+from runtime.library import import_library, route_log
 from runtime.library_log import LibraryLog
 from runtime.reply import Chunk, FinishReason, ReplyStats, StopSplitter
 from runtime.sampling import SamplingOptions, build_chain
 from runtime.settings import Settings
-from toolchain.base.command import OPENMP_DEFAULTS
-from toolchain.base.errors import ArtifactError, FoundryError, MemoryFitError, MissingError, UsageError
+from toolchain.base.errors import ArtifactError, FoundryError, MemoryFitError, UsageError
 
 # enum ggml_type in ggml.h
 _KV_TYPE_IDS: Final = MappingProxyType(
@@ -271,8 +271,8 @@ def load(path: Path, settings: Settings, *, verbose: bool = False, interrupt: In
     Raises MissingError without a usable library, MemoryFitError when memory runs out, ArtifactError when the
     library refuses the file, UsageError when it refuses the settings.
     """
-    lib = _import_library()
-    log = _route_log(lib, verbose)
+    lib = import_library()
+    log = route_log(lib, verbose)
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = settings.number("n_gpu_layers")
@@ -312,40 +312,6 @@ def _context_params(lib: Any, settings: Settings) -> Any:
     params.type_v = _KV_TYPE_IDS[settings.text("type_v")]
     params.n_outputs_max = 1  # only the last token's logits are read; the default reserves n_batch rows of them
     return params
-
-
-def _import_library() -> Any:
-    for name, value in OPENMP_DEFAULTS.items():
-        os.environ.setdefault(name, value)  # read when the library is loaded
-    try:
-        import llama_cpp.llama_cpp as lib
-    except ModuleNotFoundError as error:
-        raise MissingError("llama_cpp is not installed", evidence=str(error), hint="run `./inv build`") from error
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise MissingError(
-            "llama_cpp does not go with its library",
-            evidence=str(error),
-            hint="run `./inv build`, and unset LLAMA_CPP_LIB_PATH if it is set",
-        ) from error
-    defaults = lib.llama_context_default_params()
-    if (defaults.type_k, defaults.type_v) != (_KV_TYPE_IDS["f16"], _KV_TYPE_IDS["f16"]):
-        raise MissingError(
-            "llama_cpp and its library disagree about the layout of llama_context_params",
-            evidence=f"default cache types read as {defaults.type_k} and {defaults.type_v}, f16 is 1",
-            hint="run `./inv build`, and unset LLAMA_CPP_LIB_PATH if it is set",
-        )
-    return lib
-
-
-_routes: list[Any] = []  # the library keeps the callback's address for good, so it must never be collected
-
-
-def _route_log(lib: Any, verbose: bool) -> LibraryLog:
-    log = LibraryLog(shown=verbose)
-    callback = lib.llama_log_callback(log.write)
-    lib.llama_log_set(callback, None)
-    _routes.append(callback)
-    return log
 
 
 def _too_large(message: str, evidence: str) -> MemoryFitError:

@@ -144,7 +144,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
 def _defaults(machine: Machine, n_ctx_train: int | None) -> tuple[Setting, ...]:
     n_ctx = min(n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
     trained = f"the model was trained with {n_ctx_train}" if n_ctx_train else "the model names no limit"
-    gpus = ", ".join(machine.gpus)
+    gpus = ", ".join(gpu.name for gpu in machine.gpus)
     return (
         Setting(name="n_ctx", value=n_ctx, origin="default", reason=trained),
         Setting(

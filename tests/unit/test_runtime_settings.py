@@ -7,6 +7,7 @@ import pytest
 from runtime.settings import ALL_LAYERS, NAMES, Setting, Settings, Value, settle
 from tests.described import machine
 from toolchain.base.errors import UsageError
+from toolchain.base.gpu import Gpu
 
 HERE = machine(ram_bytes=2**34, available_bytes=2**33)
 
@@ -79,7 +80,7 @@ def test_all_layers_may_be_spelled() -> None:
 
 
 def test_gpu_gets_all_layers_by_default() -> None:
-    with_gpu = replace(HERE, gpus=("NVIDIA H200",))
+    with_gpu = replace(HERE, gpus=(Gpu(name="NVIDIA H200"),))
     chosen = settle(machine=with_gpu, n_ctx_train=None)["n_gpu_layers"]
     assert (chosen.value, chosen.reason) == (ALL_LAYERS, "all layers on NVIDIA H200")
 

@@ -1,4 +1,4 @@
-"""Source pins: parsed, fetched from a loopback index and a local git repository, refused when unsafe."""
+"""Source pins: parsed, archives fetched from a loopback index, folders hashed, refused when unsafe."""
 
 from __future__ import annotations
 
@@ -178,61 +178,6 @@ def test_a_link_inside_the_archive_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "docs" / "alias").is_file()
 
 
-def git(cwd: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "protocol.file.allow=always")
-    done = subprocess.run(["git", *identity, *arguments], cwd=cwd, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A real repository shaped like llama-cpp-python, llama.cpp as its submodule, with branch and tag."""
-    inner, outer = tmp_path / "llama.cpp", tmp_path / "llama-cpp-python"
-    write_tree(inner)
-    outer.mkdir()
-    for repo in (inner, outer):
-        git(repo, "init", "--quiet", "--initial-branch", "main")
-    git(inner, "add", ".")
-    git(inner, "commit", "--quiet", "-m", "first")
-    (outer / "llama_cpp").mkdir()
-    (outer / "llama_cpp" / "__init__.py").write_text('__version__ = "9.9.9"\n')
-    git(outer, "submodule", "--quiet", "add", str(inner), "vendor/llama.cpp")
-    git(outer, "add", ".")
-    git(outer, "commit", "--quiet", "-m", "first")
-    git(outer, "tag", "v9.9.9")
-    return outer
-
-
-def test_a_git_branch_is_resolved_recorded_and_reused(repository: Path) -> None:
-    pin = parse_pin(f"git:{repository}@main")
-    first = fetch_source(pin)
-    assert first.digest == git(repository, "rev-parse", "HEAD")
-    assert first.commit == git(repository / "vendor" / "llama.cpp", "rev-parse", "HEAD")
-    assert (first.llama / "include" / "llama.h").is_file()
-    (repository / "README").write_text("more\n")
-    git(repository, "add", ".")
-    git(repository, "commit", "--quiet", "-m", "second")
-    assert fetch_source(pin) == first
-    newer = fetch_source(pin, update=True)
-    assert newer.digest == git(repository, "rev-parse", "HEAD") != first.digest
-
-
-@pytest.mark.parametrize("ref", ["v9.9.9", "commit"])
-def test_a_git_tag_and_a_commit_are_fetched(repository: Path, ref: str) -> None:
-    commit = git(repository, "rev-parse", "HEAD")
-    tree = fetch_source(parse_pin(f"git:file://{repository}@{commit if ref == 'commit' else ref}"))
-    assert tree.digest == commit
-
-
-@pytest.mark.parametrize("what", ["ref", "repository"])
-def test_a_git_source_that_is_not_there_is_a_fetch_error(repository: Path, tmp_path: Path, what: str) -> None:
-    pin = f"git:{repository}@nowhere" if what == "ref" else f"git:{tmp_path}/nothing@main"
-    with pytest.raises(FetchError) as caught:
-        fetch_source(parse_pin(pin))
-    assert caught.value.evidence
-    assert not list(files.home_dir("sources").glob(".partial-*"))
-
-
 def test_a_directory_is_identified_by_its_content(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     pin = parse_pin(f"path:{root}")
@@ -240,6 +185,23 @@ def test_a_directory_is_identified_by_its_content(tmp_path: Path) -> None:
     assert fetch_source(pin) == first
     (root / "src" / "llama.c").write_text("int llama_answer(void) { return 43; }\n")
     assert fetch_source(pin).digest != first.digest
+
+
+def test_an_uncommitted_edit_makes_another_source_and_a_commit_does_not(tmp_path: Path) -> None:
+    """A path: tree is what lies there, whatever its own repository says."""
+    root = write_tree(tmp_path / "tree")
+    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    pin = parse_pin(f"path:{root}")
+    uncommitted = fetch_source(pin)
+    subprocess.run([*git, "commit", "--quiet", "-m", "first"], check=True)
+    assert fetch_source(pin) == uncommitted
+    (root / "src" / "llama.c").write_text("int llama_answer(void) { return 43; }\n")
+    edited = fetch_source(pin)
+    (root / "untracked.c").write_text("\n")
+    assert len({tree.digest for tree in (uncommitted, edited, fetch_source(pin))}) == 3
+    assert edited.commit != uncommitted.commit
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
@@ -260,26 +222,3 @@ def test_an_unknown_version_is_taken_on_the_word_of_the_index_and_remembered(
     assert fetch_source(pin).digest == index.stated
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     assert fetch_source(pin).digest == index.stated
-
-
-def test_a_repository_that_the_caller_works_in_is_left_alone(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a git hook, where GIT_DIR names the user's own repository."""
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    git(victim, "init", "--quiet", "--initial-branch", "main")
-    git(victim, "commit", "--quiet", "--allow-empty", "-m", "mine")
-    before = git(victim, "log", "--all", "--format=%H %D")
-    monkeypatch.setenv("GIT_DIR", str(victim / ".git"))
-    monkeypatch.setenv("GIT_WORK_TREE", str(victim))
-    fetch_source(parse_pin(f"git:{repository}@main"))
-    monkeypatch.delenv("GIT_DIR")
-    monkeypatch.delenv("GIT_WORK_TREE")
-    assert git(victim, "log", "--all", "--format=%H %D") == before
-    assert git(victim, "status", "--short") == ""
-
-
-def test_a_relative_repository_means_the_callers_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(repository.parent)
-    assert fetch_source(parse_pin(f"git:./{repository.name}@main")).digest == git(repository, "rev-parse", "HEAD")

@@ -17,6 +17,7 @@ import psutil
 
 from toolchain.base import command, files
 from toolchain.base.errors import MissingError
+from toolchain.base.gpu import Driver, Gpu, probe_gpus
 
 WRAPPERS = frozenset({"ccache", "sccache", "distcc"})
 """What stands before a compiler: its file tells nothing of the compiler's version, which is asked each time."""
@@ -28,6 +29,18 @@ class Compiler:
 
     path: Path
     version: str
+
+    @property
+    def family(self) -> str:
+        """``gcc`` or ``clang``."""
+        return "clang" if "clang" in self.version.lower() else "gcc"
+
+    @property
+    def major(self) -> int:
+        """The major version, from such lines as ``g++ (Debian 12.2.0-14) 12.2.0`` and ``clang version 18.1.3``."""
+        bare = re.sub(r"\([^)]*\)", "", self.version)
+        found = re.search(r"\b(\d+)(\.\d+)+", bare) or re.search(r"(\d+)", bare)
+        return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,8 @@ class Machine:
     quota: float | None
     ram_bytes: int
     available_bytes: int
-    gpus: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
+    driver: Driver | None = None
 
     @property
     def usable_cpus(self) -> int:
@@ -69,6 +83,7 @@ def probe(root: Path = Path("/")) -> Machine:
     """Read the machine. ``root`` stands for ``/``: tests lay out a machine of their own there."""
     mask = _affinity(root)
     model, flags = _cpu_model(root)
+    gpus, driver = probe_gpus(root)
     total, available = _memory(root)
     for limit, used in _memory_limits(root):
         total, available = min(total, limit), min(available, max(0, limit - used))
@@ -82,7 +97,8 @@ def probe(root: Path = Path("/")) -> Machine:
         quota=_cpu_quota(root),
         ram_bytes=total,
         available_bytes=available,
-        gpus=_gpus(root),
+        gpus=gpus,
+        driver=driver,
     )
 
 
@@ -103,6 +119,19 @@ def find_compiler(language: str) -> Compiler:
         hint="install one: `apt-get install build-essential` (Debian), `dnf install gcc-c++` (Fedora), "
         "`xcode-select --install` (macOS)",
     )
+
+
+def host_compilers() -> tuple[Compiler, ...]:
+    """C++ compilers that nvcc may call: the usual one first, then g++-N and clang++-N on PATH.
+
+    CUDAHOSTCXX or NVCC_CCBIN, which nvcc and cmake honour, stand before the usual one.
+    """
+    named = os.environ.get("CUDAHOSTCXX") or os.environ.get("NVCC_CCBIN")
+    if named and (found := shutil.which(named)):
+        return (Compiler(path=Path(found), version=_compiler_version(Path(found))),)
+    numbered = [f"{name}-{major}" for name in ("g++", "clang++") for major in range(30, 6, -1)]
+    others = [Path(found) for name in numbered if (found := shutil.which(name))]
+    return find_compiler("c++"), *(Compiler(path=path, version=_compiler_version(path)) for path in others)
 
 
 def _compiler_version(path: Path) -> str:
@@ -224,12 +253,3 @@ def _cpu_model(root: Path) -> tuple[str, frozenset[str]]:
         model[1].strip() if model else platform.processor() or platform.machine(),
         frozenset(flags[1].split()) if flags else frozenset(),
     )
-
-
-def _gpus(root: Path) -> tuple[str, ...]:
-    """Names of the NVIDIA GPUs that the kernel driver shows."""
-    names = []
-    for info in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        model = re.search(r"^Model:\s*(.+)$", _read(info), re.MULTILINE)
-        names.append(model[1].strip() if model else "NVIDIA GPU")
-    return tuple(names)

@@ -1,104 +1,109 @@
-"""llama-cpp-python packaged around the libraries of a build, installed, and proven by a child process."""
+"""llama-cpp-python packaged around the libraries of a build as a wheel, and installed."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
 import tempfile
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 from toolchain.base import command, console, files
-from toolchain.base.errors import ArtifactError, FoundryError, MissingError, UsageError
+from toolchain.base.abi import compare
+from toolchain.base.abi_verdict import LAYOUT_FILE
+from toolchain.base.errors import FoundryError, MissingError, UsageError
+from toolchain.base.machine import Compiler
+from toolchain.build import abi, proof
+from toolchain.build.cuda import CudaChoice
+from toolchain.build.mends import mend
 from toolchain.build.pin import DEFAULT_PIN, SourceTree, parse_pin
 from toolchain.build.source import fetch_source
+from toolchain.build.toolkit_parts import wheel_needs
+from toolchain.build.variants import Variant
 
 DISTRIBUTION = "llama_cpp_python"
-LAYOUT = 2  # raise when what goes into the wheel changes: it is part of a Toolchain's id
+LAYOUT = 3  # raise when what goes into the wheel changes: it is part of a Toolchain's id
 
 # The bindings open libllama and libmtmd, and these bring the ggml libraries along.
-LIBRARIES = re.compile(r"lib(llama|mtmd|ggml(-\w+)*)\.(so|dylib)")
+LIBRARIES = re.compile(r"lib(llama|mtmd|ggml([-_]\w+)*|ggml_shared)\.(so|dylib)")
+
+# A build whose backends are loaded at run time looks for them beside the program, which for Python is the
+# interpreter; so the package points at its own folder. Old bindings know nothing of such builds.
+LOAD_BACKENDS = """
+
+def _load_backends():
+    import ctypes
+    import pathlib
+
+    folder = pathlib.Path(__file__).parent / "lib"
+    library = next(folder.glob("libggml.*"))
+    ctypes.CDLL(str(library)).ggml_backend_load_all_from_path(str(folder).encode())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """What the child found in the library that ``import llama_cpp`` really loads."""
-
-    version: str
-    commit: str
-    backends: tuple[str, ...]
-    library: str
+_load_backends()
+"""
 
 
-def package(tree: SourceTree, *, lib_dir: Path, toolchain_id: str, out: Path) -> Path:
+def local_version(toolchain_id: str, lib_dir: Path, variants: Sequence[Variant], choice: CudaChoice | None) -> str:
+    """What is inside, as a version's local part: ``cu130.sm90.rpc.gCOMMIT.bDIGEST``, ``cpu.portable.g...``.
+
+    Commit and digest begin with a letter, since version numbers lose leading zeros.
+    """
+    commit, _, digest = toolchain_id.partition("-")
+    parts = [_flavour(lib_dir)]
+    if choice and choice.toolkit:
+        parts = ["cu{}{}".format(*choice.toolkit.release)]
+        sass = {arch for arch, kind in choice.wanted if kind == "sass"}
+        ptx = {arch for arch, kind in choice.wanted if kind == "ptx"} - sass
+        parts += [f"sm{arch}" for arch in sorted(sass, key=_number)] + [
+            f"ptx{arch}" for arch in sorted(ptx, key=_number)
+        ]
+    parts += [variant.tag for variant in variants if variant.tag and variant.tag not in parts]
+    return ".".join((*parts, f"g{commit}", f"b{digest}"))
+
+
+def package(
+    tree: SourceTree,
+    *,
+    root: Path,
+    compiler: Compiler,
+    local: str,
+    out: Path,
+    loads_backends: bool = False,
+    choice: CudaChoice | None = None,
+) -> Path:
     """The wheel: the Python package of ``tree`` (or of the default pin, for a bare llama.cpp) plus libraries.
 
-    Nothing is compiled; the package's own build backend makes the wheel. Its version carries the local part
-    ``+cpu.gCOMMIT.bDIGEST``: letters first, since version numbers lose leading zeros.
+    Nothing of llama.cpp is compiled; the package's own build backend makes the wheel. ``root`` is the installed
+    build, ``local`` the local part of the version. The bindings are held against the build's headers first: raises
+    ArtifactError, field by field, when they disagree.
     """
     sources = tree.bindings or fetch_source(parse_pin(DEFAULT_PIN)).bindings
     assert sources is not None
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=files.home_dir("work"), prefix="wheel-") as scratch:
         stage = Path(scratch)
-        shutil.copytree(sources / "llama_cpp", stage / "llama_cpp", ignore=shutil.ignore_patterns("__pycache__"))
+        package_dir = stage / "llama_cpp"
+        shutil.copytree(sources / "llama_cpp", package_dir, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE.md"):
             if (sources / name).is_file():
                 shutil.copy2(sources / name, stage / name)
-        commit, _, digest = toolchain_id.partition("-")
-        local = f"{_flavour(lib_dir)}.g{commit}.b{digest}"
-        _write_version(stage / "llama_cpp" / "__init__.py", local)
-        libraries = stage / "llama_cpp" / "lib"
-        libraries.mkdir(exist_ok=True)
-        for library in sorted(lib_dir.iterdir()):
-            if LIBRARIES.fullmatch(library.name):
-                shutil.copy2(library, libraries / library.name)
+        _write_version(package_dir / "__init__.py", local)
+        _copy_libraries(root, package_dir)
+        if loads_backends:
+            init = package_dir / "__init__.py"
+            init.write_text(init.read_text() + LOAD_BACKENDS)
+        _write_layout(stage, include_dirs=[root / "include", *tree.include_dirs], compiler=compiler)
+        if choice and choice.toolkit:
+            _write_needs(stage / "pyproject.toml", wheel_needs(choice.toolkit.release[0]))
         hook = (
             "import sys; from scikit_build_core.build import build_wheel; "
             "build_wheel(sys.argv[1], {'wheel.cmake': 'false', 'wheel.platlib': 'true'})"
         )
         command.run([sys.executable, "-c", hook, out], what="packaging llama-cpp-python", cwd=stage)
     return next(out.glob("*.whl"))
-
-
-def prove_wheel(wheel: Path, *, commit: str) -> Proof:
-    """Unpack ``wheel`` somewhere else and prove it there; raises ArtifactError when it does not hold."""
-    with tempfile.TemporaryDirectory(dir=files.home_dir("work"), prefix="proof-") as scratch:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch)
-        return prove(commit=commit, path=Path(scratch))
-
-
-def prove(*, commit: str, path: Path | None = None) -> Proof:
-    """Import llama_cpp in a child (from ``path``, else as installed) and make it compute.
-
-    Raises ArtifactError when it does not load, is of another commit, or computes wrong numbers.
-    """
-    child = Path(__file__).with_name("prove_child.py")
-    environment = {"PYTHONPATH": str(path) if path else None, "LLAMA_CPP_LIB_PATH": None}
-    try:
-        output = command.run([sys.executable, child], what="proving the bindings", env=environment).output
-        found = json.loads(output.splitlines()[-1])
-    except (FoundryError, ValueError, IndexError) as error:
-        evidence = error.evidence if isinstance(error, FoundryError) else str(error)
-        raise ArtifactError(
-            "the Python bindings do not work with the libraries of this build",
-            evidence=evidence,
-            hint="the bindings must match llama.cpp's commit: build the default source, or a pin of llama-cpp-python",
-        ) from error
-    if found["commit"].split("-")[0] != commit:  # older trees add -dirty outside a repository
-        raise ArtifactError(
-            "the bindings load another llama.cpp than the one just built",
-            evidence=f"built {commit}, loaded {found['commit']} from {found['library']}",
-            hint="unset LD_LIBRARY_PATH and LD_PRELOAD, then run `./inv build` again",
-        )
-    return Proof(
-        version=found["version"], commit=found["commit"], backends=tuple(found["backends"]), library=found["library"]
-    )
 
 
 def ensure_installed(wheel: Path, *, version: str, commit: str) -> None:
@@ -125,7 +130,7 @@ def ensure_installed(wheel: Path, *, version: str, commit: str) -> None:
             quietly = ("--no-deps", "--no-index", "--force-reinstall")
             command.run((*pip, "install", *quietly, str(wheel)), what="installing the bindings")
             try:
-                prove(commit=commit)
+                proof.prove(commit=commit)
             except FoundryError:
                 command.run((*pip, "uninstall", "--yes", DISTRIBUTION), what="taking the bindings out again")
                 raise
@@ -143,6 +148,46 @@ def _flavour(lib_dir: Path) -> str:
     """The accelerator that the libraries carry, as wheels name it."""
     backends = ("cuda", "hip", "vulkan", "sycl", "metal")
     return next((name for name in backends if list(lib_dir.glob(f"libggml-{name}.*"))), "cpu")
+
+
+def _copy_libraries(root: Path, package_dir: Path) -> None:
+    """The libraries of ``root`` once each; backends that are loaded at run time are installed beside the programs.
+
+    Bindings look in the package's folder ``lib``, those of before mid-2024 in the package itself.
+    """
+    in_lib = re.search(r'__file__\)+\s*/\s*"lib"', (package_dir / "llama_cpp.py").read_text(errors="replace"))
+    into = package_dir / "lib" if in_lib else package_dir
+    into.mkdir(exist_ok=True)
+    for library in (entry for folder in ("lib", "bin") for entry in sorted((root / folder).glob("lib*"))):
+        if LIBRARIES.fullmatch(library.name):
+            shutil.copy2(library, into / library.name)
+
+
+def _write_layout(stage: Path, *, include_dirs: Sequence[Path], compiler: Compiler) -> None:
+    """Prove the staged bindings against the headers, mending what is known, and write ``abi.json`` into the package."""
+    package_dir = stage / "llama_cpp"
+    declared = abi.declared_by(stage)
+    layout = abi.compiled_layout(declared, include_dirs=include_dirs, compiler=compiler)
+    for fault in mend(package_dir, compare(declared, layout)):
+        console.say(f"  mended in the bindings: {fault}")
+    layout = abi.prove_abi(path=stage, include_dirs=include_dirs, compiler=compiler)
+    libraries = {
+        path.name: files.sha256_file(path) for path in sorted(package_dir.rglob("*")) if LIBRARIES.fullmatch(path.name)
+    }
+    files.write_json(package_dir / LAYOUT_FILE, {**layout.to_json(), "libraries": libraries})
+
+
+def _number(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))
+
+
+def _write_needs(pyproject: Path, needs: Sequence[str]) -> None:
+    """Add requirements to the package's own, so that pip brings NVIDIA's libraries along elsewhere."""
+    added = "".join(f"\n    \"{need}; platform_system == 'Linux'\"," for need in needs)
+    text, count = re.subn(r"^dependencies = \[", lambda found: found[0] + added, pyproject.read_text(), flags=re.M)
+    if count != 1:
+        raise UsageError(f"{pyproject} lists no dependencies", hint="is this llama-cpp-python?")
+    pyproject.write_text(text)
 
 
 def _write_version(init: Path, local: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from toolchain.base.errors import MissingError
@@ -34,8 +35,10 @@ def configure_argv(
     )
 
 
-def build_argv(*, cmake: Path, build: Path, jobs: int) -> tuple[str, ...]:
-    return (str(cmake), "--build", str(build), "--parallel", str(jobs))
+def build_argv(*, cmake: Path, build: Path, jobs: int, targets: Sequence[str] = ()) -> tuple[str, ...]:
+    """Everything, or ``targets`` alone."""
+    only = ("--target", *targets) if targets else ()
+    return (str(cmake), "--build", str(build), "--parallel", str(jobs), *only)
 
 
 def install_argv(*, cmake: Path, build: Path, prefix: Path) -> tuple[str, ...]:

@@ -1,49 +1,20 @@
-"""Source and options to a Toolchain: configured, compiled once, packaged, proven, then made current."""
+"""A configuration to a Toolchain: configured, compiled once, packaged, proven, then made current."""
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.base import command, console, files
 from toolchain.base.errors import CommandError
-from toolchain.base.machine import Compiler, Machine, find_compiler, probe
-from toolchain.build import bindings, cmake, toolchain
-from toolchain.build.options import BuildOptions, choose_options
-from toolchain.build.pin import DEFAULT_PIN, SourceTree, parse_pin
-from toolchain.build.solve import DISK_BYTES, Jobs, choose_jobs
-from toolchain.build.source import fetch_source
+from toolchain.build import bindings, cmake, legacy, proof, toolchain
+from toolchain.build.configure import BuildRequest, Configuration, compilers_of, configure
+from toolchain.build.solve import disk_bytes
 from toolchain.build.toolchain import Toolchain
 
-# What cmake and the compilers read from the environment.
-FLAGS = re.compile(r"(C|CXX|CPP|LD|CUDA)FLAGS|CMAKE_\w+")
 CONVERTER_PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildRequest:
-    """What the user asked for. ``defines`` are ``NAME=VALUE`` for cmake."""
-
-    source: str = DEFAULT_PIN
-    defines: tuple[str, ...] = ()
-    jobs: int | None = None
-    update: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Configuration:
-    """A request resolved on this machine: everything that the Toolchain's id stands for."""
-
-    tree: SourceTree
-    options: BuildOptions
-    c: Compiler
-    cxx: Compiler
-    jobs: Jobs
-    id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,36 +43,45 @@ def build(request: BuildRequest) -> Built:
     return Built(toolchain=made, reused=found is not None, seconds=time.monotonic() - started)
 
 
-def configure(request: BuildRequest) -> Configuration:
-    """Fetch the source and settle options, compilers, jobs and the id. Starts no process when all is known."""
-    machine = probe()
-    c, cxx = find_compiler("c"), find_compiler("c++")
-    jobs = choose_jobs(machine, request.jobs)
-    tree = _fetch(request)
-    options = choose_options(tree, request.defines)
-    return Configuration(
-        tree=tree, options=options, c=c, cxx=cxx, jobs=jobs, id=toolchain_id(tree, options, (c, cxx), machine)
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One build under way: what, from where, into which folder, told to which log."""
 
+    configuration: Configuration
+    source: Path
+    build_dir: Path
+    into: Path
+    log: Path
 
-def toolchain_id(tree: SourceTree, options: BuildOptions, compilers: tuple[Compiler, ...], machine: Machine) -> str:
-    """``COMMIT-DIGEST`` over source, bindings, options, compilers, their flags and, for native code, the CPU."""
-    identity = {
-        "source": tree.digest,
-        "bindings": [bindings.LAYOUT, None if tree.bindings else DEFAULT_PIN],
-        "options": options.defines,
-        "environment": {name: value for name, value in sorted(os.environ.items()) if FLAGS.fullmatch(name)},
-        "compilers": [compiler.version for compiler in compilers],
-        "system": [machine.system, machine.arch],
-        "cpu": sorted(machine.cpu_flags) if options.native else None,
-    }
-    return f"{tree.short_commit}-{files.digest(identity)[:12]}"
-
-
-def _fetch(request: BuildRequest) -> SourceTree:
-    pin = parse_pin(request.source)
-    with console.step(f"fetch {pin}", quiet_s=0.5) as step:
-        return fetch_source(pin, update=request.update, on_progress=step.advance)
+    def configure_and_compile(self, *, targets: tuple[str, ...] = ()) -> None:
+        """cmake, then ninja. A failed configuration is thrown away, a finished one goes on where it stopped."""
+        configuration, program = self.configuration, cmake.find_tool("cmake")
+        argv = cmake.configure_argv(
+            cmake=program,
+            ninja=cmake.find_tool("ninja"),
+            source=self.source,
+            build=self.build_dir,
+            options=configuration.options,
+            c=configuration.c,
+            cxx=configuration.cxx,
+        )
+        self.log.unlink(missing_ok=True)
+        try:
+            with console.step("configure llama.cpp"):
+                command.run(argv, what="configuring llama.cpp", log=self.log, hint=f"the whole output is in {self.log}")
+        except CommandError:
+            files.remove(self.build_dir, within=self.build_dir.parent)
+            raise
+        with console.step("compile llama.cpp") as step:
+            step.note = f"{configuration.jobs.count} jobs ({configuration.jobs.reason})"
+            command.run(
+                cmake.build_argv(cmake=program, build=self.build_dir, jobs=configuration.jobs.count, targets=targets),
+                what="compiling llama.cpp",
+                log=self.log,
+                parse=command.parse_counter,
+                on_progress=step.advance,
+                hint=f"read the first error in {self.log}; with `--jobs 1` errors come in order",
+            )
 
 
 def _compile(configuration: Configuration) -> Toolchain:
@@ -109,69 +89,105 @@ def _compile(configuration: Configuration) -> Toolchain:
     root = files.home_dir("toolchains") / configuration.id
     build_dir = files.home_dir("work") / f"build-{configuration.id}"
     log = files.home_dir("logs") / f"build-{configuration.id}.log"
-    files.require_free(root, DISK_BYTES, "compiling llama.cpp")
-    tree, program = configuration.tree, cmake.find_tool("cmake")
+    files.require_free(root, disk_bytes(configuration.cuda), "compiling llama.cpp")
+    for line in (*configuration.options.notes, *(configuration.cuda.reasons if configuration.cuda else ())):
+        console.say(f"  {line}")
     with files.disk_errors(root), files.staged(root) as partial:
-        with console.step("configure llama.cpp"):
-            _configure(configuration, program, build_dir, log)
-        with console.step("compile llama.cpp") as step:
-            step.note = f"{configuration.jobs.count} jobs ({configuration.jobs.reason})"
-            command.run(
-                cmake.build_argv(cmake=program, build=build_dir, jobs=configuration.jobs.count),
-                what="compiling llama.cpp",
-                log=log,
-                parse=command.parse_counter,
-                on_progress=step.advance,
-                hint=f"read the first error in {log}; with `--jobs 1` errors come in order",
-            )
-        with console.step("package the Python bindings"):
-            command.run(
-                cmake.install_argv(cmake=program, build=build_dir, prefix=partial),
-                what="installing llama.cpp",
-                log=log,
-            )
-            _copy_converter(tree.llama, partial / "convert")
-            wheel = bindings.package(
-                tree, lib_dir=partial / "lib", toolchain_id=configuration.id, out=partial / "wheel"
-            )
-        with console.step("prove the bindings") as step:
-            proof = bindings.prove_wheel(wheel, commit=tree.short_commit)
-            step.note = f"{', '.join(proof.backends)}; a decode agrees with its reference"
-        made = Toolchain(
-            id=configuration.id,
-            root=root,
-            commit=tree.commit,
-            backends=proof.backends,
-            wheel_name=wheel.name,
-            wheel_version=proof.version,
-            source=tree.pin,
-            options=configuration.options.argv(),
-            compilers=(configuration.c.version, configuration.cxx.version),
-            seconds=round(time.monotonic() - started, 1),
-        )
+        partial.mkdir()
+        source = configuration.tree.llama
+        if configuration.legacy:
+            source = legacy.stage_source(configuration.tree, build_dir.with_name(build_dir.name + "-source"))
+        job = _Job(configuration=configuration, source=source, build_dir=build_dir, into=partial, log=log)
+        made = _make_trainer(job) if configuration.legacy else _make_llama(job)
+        made = replace(made, root=root, seconds=round(time.monotonic() - started, 1))
         shutil.copyfile(log, partial / "build.log")
         toolchain.save(made, partial)
-    files.remove(build_dir, within=build_dir.parent)
+    for used in (build_dir, build_dir.with_name(build_dir.name + "-source")):
+        files.remove(used, within=build_dir.parent)
     return made
 
 
-def _configure(configuration: Configuration, program: Path, build_dir: Path, log: Path) -> None:
-    """Run cmake. A failed configuration is thrown away, a finished one lets ninja go on where it stopped."""
-    argv = cmake.configure_argv(
-        cmake=program,
-        ninja=cmake.find_tool("ninja"),
-        source=configuration.tree.llama,
-        build=build_dir,
-        options=configuration.options,
-        c=configuration.c,
-        cxx=configuration.cxx,
+def _make_llama(job: _Job) -> Toolchain:
+    """Tools, libraries, converter and wheel; proven together."""
+    configuration, tree = job.configuration, job.configuration.tree
+    job.configure_and_compile()
+    with console.step("package the Python bindings"):
+        command.run(
+            cmake.install_argv(cmake=cmake.find_tool("cmake"), build=job.build_dir, prefix=job.into),
+            what="installing llama.cpp",
+            log=job.log,
+        )
+        _copy_converter(tree.llama, job.into / "convert")
+        local = bindings.local_version(configuration.id, job.into / "lib", configuration.variants, configuration.cuda)
+        wheel = bindings.package(
+            tree,
+            root=job.into,
+            compiler=configuration.c,
+            local=local,
+            out=job.into / "wheel",
+            loads_backends=configuration.options.loads_backends,
+            choice=configuration.cuda,
+        )
+    with console.step("prove the build") as step:
+        codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
+        proven = proof.prove_wheel(wheel, commit=tree.short_commit, env=_without_driver(configuration))
+        proof.require_backends(proven, configuration.variants)
+        executed, reason = proof.judge_execution(proven, codes, configuration.machine.gpus)
+        step.note = f"{', '.join(proven.backends)}; a decode agrees with its reference; {reason}"
+    return replace(
+        _plain(configuration),
+        backends=proven.backends,
+        architectures=proof.architecture_names(codes),
+        executed=executed,
+        reason=reason,
+        wheel_name=wheel.name,
+        wheel_version=proven.version,
     )
-    log.unlink(missing_ok=True)
-    try:
-        command.run(argv, what="configuring llama.cpp", log=log, hint=f"the whole output is in {log}")
-    except CommandError:
-        files.remove(build_dir, within=build_dir.parent)
-        raise
+
+
+def _make_trainer(job: _Job) -> Toolchain:
+    """The four programs of 2023; proven by three training steps."""
+    configuration = job.configuration
+    job.configure_and_compile(targets=legacy.TRAINER_PROGRAMS)
+    legacy.install_programs(job.build_dir, job.into)
+    with console.step("prove the trainer") as step:
+        codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
+        found = legacy.prove_trainer(job.into / "bin", env=_without_driver(configuration))
+        told = " → ".join(f"{loss:.2f}" for loss in found.losses)
+        step.note = (
+            f"three steps: loss {told}; merged: perplexity {found.perplexity_base:.0f} → {found.perplexity_merged:.0f}"
+        )
+    return replace(
+        _plain(configuration),
+        backends=("CUDA", "CPU") if codes else ("CPU",),
+        architectures=proof.architecture_names(codes),
+        reason=step.note,
+    )
+
+
+def _plain(configuration: Configuration) -> Toolchain:
+    """What is known of a Toolchain before it is made."""
+    return Toolchain(
+        id=configuration.id,
+        root=Path(),
+        kind="trainer" if configuration.legacy else "llama",
+        commit=configuration.tree.commit,
+        backends=(),
+        wheel_name="",
+        wheel_version="",
+        source=configuration.tree.pin,
+        options=configuration.options.argv(),
+        compilers=compilers_of(configuration.c, configuration.cxx, configuration.cuda),
+        seconds=0.0,
+        variants=tuple(variant.name for variant in configuration.variants),
+    )
+
+
+def _without_driver(configuration: Configuration) -> dict[str, str | None]:
+    """What lets programs that are linked with the driver start for their proof where there is none."""
+    if configuration.driver_stub is None or configuration.machine.driver is not None:
+        return {}
+    return {"LD_LIBRARY_PATH": str(configuration.driver_stub / "run")}
 
 
 def _copy_converter(llama: Path, into: Path) -> None:

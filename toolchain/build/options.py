@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.base.errors import UsageError
+from toolchain.build.cuda import CudaChoice
 from toolchain.build.pin import SourceTree
+from toolchain.build.toolkit import Toolkit
+from toolchain.build.toolkit_parts import wheel_folders
+from toolchain.build.variants import Variant, spelled
 
 ORIGIN = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
 
@@ -44,39 +48,116 @@ CMAKE_DEFAULTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """The cache variables of one configuration, sorted; part of the Toolchain's id."""
+    """The cache variables of one configuration. ``defines`` are part of the Toolchain's id; ``places`` only say
+    where things lie on this machine. ``notes`` tell what was understood differently from how it was typed.
+    """
 
     defines: tuple[tuple[str, str], ...]
+    places: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def native(self) -> bool:
         """Whether the code is compiled for this very CPU (llama.cpp's default)."""
-        return dict(self.defines).get("GGML_NATIVE", "ON").upper() not in ("OFF", "0", "FALSE", "NO")
+        chosen = dict(self.defines)
+        named = chosen.get("GGML_NATIVE", chosen.get("LLAMA_NATIVE", "ON"))
+        return named.upper() not in ("OFF", "0", "FALSE", "NO")
+
+    @property
+    def loads_backends(self) -> bool:
+        """Whether backends are libraries of their own that are loaded at run time."""
+        return dict(self.defines).get("GGML_BACKEND_DL", "OFF").upper() in ("ON", "1", "TRUE", "YES")
 
     def argv(self) -> tuple[str, ...]:
-        return tuple(f"-D{name}={value}" for name, value in self.defines)
+        return tuple(f"-D{name}={value}" for name, value in (*self.defines, *self.places))
 
 
-def choose_options(tree: SourceTree, asked: Sequence[str]) -> BuildOptions:
-    """The defaults that the tree knows, under what was asked (``NAME=VALUE`` each).
+def choose_options(
+    tree: SourceTree,
+    asked: Sequence[str],
+    *,
+    variants: Sequence[Variant] = (),
+    cuda: CudaChoice | None = None,
+    driver_stub: Path | None = None,
+    defaults: Mapping[str, str] | None = None,
+) -> BuildOptions:
+    """The defaults, under the variants' options, under what was asked (``NAME=VALUE`` each).
 
-    Raises UsageError for an option that this tree does not have, with the nearest one that it has.
+    ``defaults`` None: those of every build, as far as the tree knows them. ``driver_stub`` is a folder with a
+    libcuda.so for a tree that must link with one.
+
+    Raises UsageError for an option that this tree does not have, under today's name or another year's, with the
+    nearest one that it has.
     """
     known = tree_options(tree.llama)
-    defines = {**CMAKE_DEFAULTS, **{name: value for name, value in TREE_DEFAULTS.items() if name in known}}
-    defines |= {"LLAMA_BUILD_COMMIT": tree.short_commit, "LLAMA_BUILD_NUMBER": "0"}
+    defines = default_defines(tree, known) if defaults is None else dict(defaults)
+    for variant in variants:
+        for name, value in variant.defines.items():
+            defines[_in_tree(name, known, tree, f"{variant.flag}: ")] = value
+    places: dict[str, str] = {}
+    if cuda and cuda.toolkit:
+        defines |= _cuda_defines(cuda, cuda.toolkit, known)
+        places = {
+            "CMAKE_CUDA_COMPILER": str(cuda.toolkit.nvcc),
+            "CMAKE_CUDA_HOST_COMPILER": str(cuda.host.path),
+            "CUDAToolkit_ROOT": str(cuda.toolkit.root),
+        }
+        if driver_stub:
+            places["CUDA_cuda_driver_LIBRARY"] = str(driver_stub / "libcuda.so")
+    notes: list[str] = []
     for item in asked:
-        name, equals, value = item.removeprefix("-D").partition("=")
-        if not equals or not re.fullmatch(r"\w+", name):
-            raise UsageError(f"not a cmake definition: {item}", hint="write NAME=VALUE, as in GGML_NATIVE=OFF")
-        if name not in known and not name.startswith("CMAKE_"):
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(
-                f"{tree.pin} has no option {name}",
-                hint=f"did you mean {near[0]}?" if near else f"its options stand in {tree.llama}/CMakeLists.txt",
-            )
+        typed, value = parse_define(item)
+        name = _in_tree(typed, known, tree)
+        if name != typed:
+            notes.append(f"{typed} is {name} in {tree.pin}")
         defines[name] = value
-    return BuildOptions(defines=tuple(sorted(defines.items())))
+    return BuildOptions(defines=tuple(sorted(defines.items())), places=tuple(places.items()), notes=tuple(notes))
+
+
+def default_defines(tree: SourceTree, known: frozenset[str]) -> dict[str, str]:
+    """What every build wants, as far as the tree has it."""
+    defines = {**CMAKE_DEFAULTS, **{name: value for name, value in TREE_DEFAULTS.items() if name in known}}
+    if "LLAMA_BUILD_TOOLS" not in known and "LLAMA_BUILD_EXAMPLES" in known:
+        defines["LLAMA_BUILD_EXAMPLES"] = "ON"  # where the tools were until 2025
+    return {**defines, "LLAMA_BUILD_COMMIT": tree.short_commit, "LLAMA_BUILD_NUMBER": "0"}
+
+
+def parse_define(item: str) -> tuple[str, str]:
+    """``NAME=VALUE``, with or without -D; UsageError otherwise."""
+    name, equals, value = item.removeprefix("-D").partition("=")
+    if not equals or not re.fullmatch(r"\w+", name):
+        raise UsageError(f"not a cmake definition: {item}", hint="write NAME=VALUE, as in GGML_NATIVE=OFF")
+    return name, value
+
+
+def _in_tree(name: str, known: frozenset[str], tree: SourceTree, asked_by: str = "") -> str:
+    if name.startswith("CMAKE_"):
+        return name
+    if found := spelled(name, known):
+        return found
+    near = difflib.get_close_matches(name, known, n=1)
+    raise UsageError(
+        f"{asked_by}{tree.pin} has no option {name}",
+        hint=f"did you mean {near[0]}?" if near else f"its options stand in {tree.llama}/CMakeLists.txt",
+    )
+
+
+def _cuda_defines(cuda: CudaChoice, toolkit: Toolkit, known: frozenset[str]) -> dict[str, str]:
+    """What the solver's choice means for cmake.
+
+    Programs and wheel find cuBLAS where it lay while linking, and elsewhere in NVIDIA's wheels, which the wheel
+    names as its needs; their folder is reached from llama_cpp/lib as torch's libraries reach it.
+    """
+    wheels = [f"{ORIGIN}/../../{folder}" for folder in wheel_folders(toolkit.release[0])]
+    defines = {
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(cuda.archs),
+        "CMAKE_INSTALL_RPATH": ";".join((CMAKE_DEFAULTS["CMAKE_INSTALL_RPATH"], *wheels)),
+        "CMAKE_INSTALL_RPATH_USE_LINK_PATH": "ON",
+    }
+    if not toolkit.driver_stub and "GGML_CUDA_NO_VMM" in known:
+        # without libcuda to link with, ggml's pool of virtual memory is left out and its older pool is used
+        defines["GGML_CUDA_NO_VMM"] = "ON"
+    return defines
 
 
 def tree_options(llama: Path) -> frozenset[str]:

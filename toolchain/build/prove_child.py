@@ -1,4 +1,4 @@
-"""Run as a program by ``bindings.prove``: load llama_cpp, say what it is, and check a decode by hand.
+"""Run as a program by ``proof.prove``: load llama_cpp, say what it is, and check a decode by hand.
 
 The check is a known answer: a one-layer Llama of random weights decodes one token, and numpy computes the
 same logits from the same weights. With one token, attention passes its value through unchanged, so the whole
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> int:
     import llama_cpp
     from llama_cpp import llama_cpp as api
 
+    told = listen(api)
     with tempfile.TemporaryDirectory() as scratch:
         weights = random_weights()
         model = Path(scratch) / "proof.gguf"
@@ -38,17 +40,37 @@ def main() -> int:
             if not np.isfinite(found).all() or difference > 2e-2:
                 sys.stderr.write(f"a decode of token {token} is off by {difference:.2%} of the largest logit\n")
                 return 6
-    ggml = loaded_library("libggml-base")
-    commit = ctypes.CDLL(ggml).ggml_commit
-    commit.restype = ctypes.c_char_p
+    log = "".join(told)
+    offloaded = re.findall(r"offloaded (\d+)/(\d+) layers to GPU", log)
     answer = {
         "version": llama_cpp.__version__,
-        "commit": commit().decode(),
+        "commit": commit(),
         "backends": backends(),
         "library": loaded_library("libllama."),
+        "devices": sorted({name for name in re.findall(r"using device (\S+)", log)}),
+        "layers": [int(count) for count in offloaded[-1]] if offloaded else [0, 0],
+        "told": [line for line in log.splitlines() if re.search(r"error|fail|CUDA|driver|device", line, re.I)][:12],
     }
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
     return 0
+
+
+def listen(api: object) -> list[str]:
+    """The lines that the library logs from now on; in a tree without a log callback, none."""
+    lines: list[str] = []
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+        lambda level, text, data: lines.append(text.decode(errors="replace"))
+    )
+    listening.append(callback)
+    for name in ("libllama.", "libggml-base."):
+        if path := loaded_library(name):
+            setter = getattr(ctypes.CDLL(path), "llama_log_set" if "llama" in name else "ggml_log_set", None)
+            if setter:
+                setter(callback, None)
+    return lines
+
+
+listening: list[object] = []  # a callback lives as long as the library may call it
 
 
 def random_weights() -> Weights:
@@ -112,33 +134,52 @@ def reference_logits(weights: Weights, token: int) -> Array:
 
 
 def decoded_logits(api: object, path: Path, token: int) -> Array:
-    """(N_VOCAB,) logits as the library computes them, with every layer on the GPU where there is one."""
+    """(N_VOCAB,) logits as the library computes them, with every layer on the GPU where there is one.
+
+    The older names of functions are those of 2023 and 2024 (llama.h's DEPRECATED marks).
+    """
     a = vars(api)
     a["llama_backend_init"]()
     model_params = a["llama_model_default_params"]()
     model_params.n_gpu_layers = 99
-    model = a["llama_model_load_from_file"](str(path).encode(), model_params)
+    load = a.get("llama_model_load_from_file") or a["llama_load_model_from_file"]
+    model = load(str(path).encode(), model_params)
     if not model:
         raise SystemExit("the library does not load a plain Llama GGUF")
     context_params = a["llama_context_default_params"]()
     context_params.n_ctx = 64
     context_params.n_threads = context_params.n_threads_batch = 1
-    context = a["llama_init_from_model"](model, context_params)
+    context = (a.get("llama_init_from_model") or a["llama_new_context_with_model"])(model, context_params)
     if not context:
         raise SystemExit("the library makes no context")
     tokens = (a["llama_token"] * 1)(token)
-    if status := a["llama_decode"](context, a["llama_batch_get_one"](tokens, 1)):
+    one = a["llama_batch_get_one"]
+    batch = one(tokens, 1) if len(one.argtypes) == 2 else one(tokens, 1, 0, 0)
+    if status := a["llama_decode"](context, batch):
         raise SystemExit(f"llama_decode returned {status}")
-    logits = np.ctypeslib.as_array(a["llama_get_logits_ith"](context, -1), shape=(N_VOCAB,)).copy()
+    logits = np.ctypeslib.as_array(a["llama_get_logits_ith"](context, 0), shape=(N_VOCAB,)).copy()
     a["llama_free"](context)
-    a["llama_model_free"](model)
+    (a.get("llama_model_free") or a["llama_free_model"])(model)
     return logits
+
+
+def commit() -> str:
+    """The commit that the library was built from; empty for one of before ggml told it (2025)."""
+    teller = getattr(ctypes.CDLL(loaded_library("libggml-base.") or loaded_library("libllama.")), "ggml_commit", None)
+    if teller is None:
+        return ""
+    teller.restype = ctypes.c_char_p
+    return str(teller().decode())
 
 
 def backends() -> list[str]:
     """Names of the backends that ggml registered, as the library spells them."""
+    if not loaded_library("libggml-base."):
+        old = ctypes.CDLL(loaded_library("libllama."))
+        cuda = [getattr(old, name) for name in ("ggml_cpu_has_cuda", "ggml_cpu_has_cublas") if hasattr(old, name)]
+        return ["CUDA", "CPU"] if any(has() for has in cuda) else ["CPU"]
     ggml = ctypes.CDLL(loaded_library("libggml."))
-    base = ctypes.CDLL(loaded_library("libggml-base"))
+    base = ctypes.CDLL(loaded_library("libggml-base."))
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     ggml.ggml_backend_reg_get.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
@@ -150,13 +191,12 @@ def backends() -> list[str]:
 
 
 def loaded_library(name: str) -> str:
-    """The file of a library that this process has mapped, by the beginning of its name."""
+    """The file of a library that this process has mapped, by the beginning of its name; empty without one."""
     import psutil
 
-    for mapping in psutil.Process().memory_maps():
-        if Path(mapping.path).name.startswith(name):
-            return str(mapping.path)
-    raise SystemExit(f"{name} is not loaded")
+    return next(
+        (str(each.path) for each in psutil.Process().memory_maps() if Path(each.path).name.startswith(name)), ""
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import tarfile
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING
 from toolchain.base import files
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import FetchError, FoundryError
+from toolchain.build import index
 from toolchain.build.pin import SourcePin, SourceTree, locate, record, recorded, ref_note
 
 if TYPE_CHECKING:
-    from unearth import Link, PackageFinder
+    from unearth import Link
 
 # SHA-256 of the archives that this project is tested with; another version is taken with
 # `#sha256=...` behind its pin, or on the word of the index.
@@ -33,34 +33,23 @@ def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
     expected = pin.sha256 or KNOWN_SHA256.get(f"{pin.name}=={pin.ref}") or _stated_before(pin)
     if expected and (tree := recorded(_folder(pin, expected))):
         return tree
-    from unearth import PackageFinder
-
     requirement = f"{pin.name}=={pin.ref}"
+    what = f"source archive of {requirement}"
     try:
-        finder = PackageFinder(index_urls=_index_urls(), no_binary=[pin.name], ignore_compatibility=True)
-        best = finder.find_best_match(requirement).best
-        if best is None or best.link.is_wheel:
-            raise FetchError(
-                f"no source archive of {requirement} in the package index",
-                hint="check the name and version, or your pip index configuration (`pip config list`)",
-            )
-        expected = expected or _stated_sha256(best.link)
+        finder = index.package_finder(source_of=[pin.name])
+        link = index.best_link(finder, requirement, what=what)
+        expected = expected or _stated_sha256(link)
         final = _folder(pin, expected)
         with files.locked(final.with_name(final.name + ".lock")):
             if tree := recorded(final):
                 return tree
-            files.require_free(final, 1 << 30, f"the source of {requirement}")
+            files.require_free(final, 1 << 30, f"the {what}")
             with files.staged(final) as partial:
                 partial.mkdir()
-                archive = partial / best.link.filename
-                found = _download(finder, best.link.normalized, archive, on_progress)
+                archive = partial / link.filename
+                found = index.download(finder, link.normalized, archive, on_progress)
                 if found != expected:
-                    raise FetchError(
-                        f"{best.link.filename} has the wrong hash",
-                        evidence=f"expected sha256 {expected}\nfound    sha256 {found}",
-                        hint="the archive was changed or the download damaged: try again, and if it stays so, "
-                        "do not use that index",
-                    )
+                    raise index.wrong_hash(link.filename, expected=expected, found=found)
                 commit = unpack(archive, partial)
                 archive.unlink()
                 llama, bindings = locate(partial, str(pin))
@@ -76,18 +65,17 @@ def fetch_sdist(pin: SourcePin, on_progress: OnProgress | None) -> SourceTree:
     except (FoundryError, KeyboardInterrupt):
         raise
     except OSError as error:
-        raise files.disk_error(error, files.home_dir("sources")) or _unreachable(requirement, error) from error
+        raise files.disk_error(error, files.home_dir("sources")) or index.unreachable(what, error) from error
     except Exception as error:  # the client library's own errors have no common root
-        raise _unreachable(requirement, error) from error
+        raise index.unreachable(what, error) from error
     done = recorded(final)
     assert done is not None
     return done
 
 
 def _stated_sha256(link: Link) -> str:
-    """What the index says the archive's hash is: in the JSON form of the index, or behind the link's #."""
-    stated = (link.hashes or {}).get("sha256") or (link.hash if link.hash_name == "sha256" else None)
-    if not isinstance(stated, str) or not re.fullmatch(r"[0-9a-f]{64}", stated):
+    stated = index.stated_sha256(link)
+    if stated is None:
         raise FetchError(
             f"the package index states no sha256 for {link.filename}",
             hint="put it behind the pin: sdist:NAME==VERSION#sha256=HEX",
@@ -98,46 +86,6 @@ def _stated_sha256(link: Link) -> str:
 def _stated_before(pin: SourcePin) -> str | None:
     noted = files.read_json(ref_note(pin))
     return str(noted["sha256"]) if isinstance(noted, dict) and "sha256" in noted else None
-
-
-def _unreachable(requirement: str, error: Exception) -> FetchError:
-    return FetchError(
-        f"cannot fetch the source of {requirement}",
-        evidence=f"{type(error).__name__}: {error}",
-        hint="check the network and pip's index configuration, or build from path:DIR",
-    )
-
-
-def _index_urls() -> list[str]:
-    """The package index as pip is configured here; else pip's own default."""
-    from pip._internal.configuration import Configuration
-    from pip._internal.models.index import PyPI
-
-    configuration = Configuration(isolated=False)
-    configuration.load()
-    values = dict(configuration.items())
-    extra: list[str] = []
-    index = PyPI.simple_url
-    for key in ("global", "install", "download", ":env:"):
-        index = values.get(f"{key}.index-url", index)
-        extra += values.get(f"{key}.extra-index-url", "").split()
-    return [index, *extra]
-
-
-def _download(finder: PackageFinder, url: str, target: Path, on_progress: OnProgress | None) -> str:
-    """Stream ``url`` into ``target``; its SHA-256."""
-    total = hashlib.sha256()
-    done = 0
-    with finder.session.get_stream(url) as response, target.open("wb") as sink:
-        response.raise_for_status()
-        size = int(response.headers.get("content-length") or 0)
-        for chunk in response.iter_bytes():
-            sink.write(chunk)
-            total.update(chunk)
-            done += len(chunk)
-            if on_progress and size:
-                on_progress(done, size)
-    return total.hexdigest()
 
 
 def unpack(archive: Path, into: Path) -> str:

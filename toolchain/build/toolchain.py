@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from toolchain.base import files
 from toolchain.base.errors import UsageError
 
+Kind = Literal["llama", "trainer"]
+"""llama.cpp with its wheel, or the trainer of 2023 beside it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Toolchain:
-    """A finished build. Equal ids mean equal source, options and compilers; a folder is never built over."""
+    """A finished build. Equal ids mean equal source, options and compilers; a folder is never built over.
+
+    ``architectures`` are those of the CUDA code in it (``sass 90``, ``ptx 90``), ``executed`` what the proof ran on
+    a GPU (device, layers and how many there are) or None, with the ``reason``.
+    """
 
     id: str
     root: Path
@@ -24,6 +33,11 @@ class Toolchain:
     options: tuple[str, ...]
     compilers: tuple[str, ...]
     seconds: float
+    kind: Kind = "llama"
+    variants: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    executed: Mapping[str, object] | None = None
+    reason: str = ""
 
     @property
     def bin_dir(self) -> Path:
@@ -47,8 +61,8 @@ class Toolchain:
         return self.root / "wheel" / self.wheel_name
 
     def tool(self, name: str) -> Path:
-        """The program ``llama-NAME``."""
-        return self.bin_dir / f"llama-{name}"
+        """The program ``llama-NAME``; the trainer's have no prefix, as in 2023."""
+        return self.bin_dir / (name if self.kind == "trainer" else f"llama-{name}")
 
 
 def save(toolchain: Toolchain, root: Path) -> None:
@@ -64,7 +78,7 @@ def load(toolchain_id: str) -> Toolchain | None:
     if not isinstance(noted, dict):
         return None
     try:
-        lists = {key: tuple(noted[key]) for key in ("backends", "options", "compilers")}
+        lists = {key: tuple(noted[key]) for key in ("variants", "backends", "architectures", "options", "compilers")}
         return Toolchain(**{**noted, **lists, "root": root})
     except (KeyError, TypeError):
         return None
@@ -73,7 +87,7 @@ def load(toolchain_id: str) -> Toolchain | None:
 def list_ids() -> list[str]:
     """Ids of all finished Toolchains."""
     folders = files.home_dir("toolchains").glob("[!.]*/toolchain.json")
-    return sorted(note.parent.name for note in folders if load(note.parent.name) and note.parent.name != "current")
+    return sorted(note.parent.name for note in folders if load(note.parent.name) and not note.parent.is_symlink())
 
 
 def find(prefix: str) -> Toolchain:
@@ -89,15 +103,19 @@ def find(prefix: str) -> Toolchain:
 
 
 def make_current(toolchain: Toolchain) -> None:
-    """Point ``toolchains/current`` at it, in one atomic step."""
-    link = files.home_dir("toolchains") / "current"
-    fresh = link.with_name(f".current-{os.getpid()}")
+    """Point ``toolchains/current`` at it, or ``current-trainer`` at a trainer, in one atomic step."""
+    link = _current_link(toolchain.kind)
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(toolchain.id)
     fresh.replace(link)
 
 
-def current() -> Toolchain | None:
-    """The Toolchain in use, None before the first build."""
-    link = files.home_dir("toolchains") / "current"
+def current(kind: Kind = "llama") -> Toolchain | None:
+    """The Toolchain of that kind in use, None before the first build."""
+    link = _current_link(kind)
     return load(link.readlink().name) if link.is_symlink() else None
+
+
+def _current_link(kind: Kind) -> Path:
+    return files.home_dir("toolchains") / ("current" if kind == "llama" else f"current-{kind}")

@@ -7,22 +7,48 @@ from collections.abc import Iterable
 from toolchain.base import console, files
 from toolchain.base.errors import UsageError
 from toolchain.build import bindings, toolchain
-from toolchain.build.compile import BuildRequest, Built, build, configure
-from toolchain.build.pin import DEFAULT_PIN
+from toolchain.build.compile import Built, build
+from toolchain.build.configure import BuildRequest, configure
+from toolchain.build.options import parse_define
 from toolchain.build.toolchain import Toolchain
+from toolchain.build.variants import OLD_NAMES
 
 
 def request(
-    *, source: str | None = None, defines: Iterable[str] = (), jobs: str | int | None = None, update: bool = False
+    *,
+    source: str | None = None,
+    defines: Iterable[str] = (),
+    variants: Iterable[str] = (),
+    cuda_arch: str | None = None,
+    cuda_toolkit: str | None = None,
+    legacy: bool = False,
+    jobs: str | int | None = None,
+    update: bool = False,
 ) -> BuildRequest:
-    """The request from what was typed; UsageError for what makes no sense."""
+    """The request from what was typed; UsageError for what makes no sense.
+
+    Asking for an architecture or a toolkit asks for CUDA, and so does the option of any year that switches it on.
+    """
     try:
         count = None if jobs is None else int(jobs)
     except ValueError as error:
         raise UsageError(f"--jobs {jobs} is not a number") from error
+    names, kept = dict.fromkeys(variants), []
+    for define in defines:
+        name, value = parse_define(define)
+        if OLD_NAMES.get(name.upper(), name) == "GGML_CUDA" and value.upper() in ("ON", "1", "TRUE", "YES"):
+            names["cuda"] = None
+        else:
+            kept.append(define)
+    if cuda_arch or cuda_toolkit:
+        names["cuda"] = None
     return BuildRequest(
-        source=source or DEFAULT_PIN,
-        defines=tuple(defines),
+        source=source,
+        defines=tuple(kept),
+        variants=tuple(names),
+        cuda_arch=(cuda_arch,) if cuda_arch else (),
+        cuda_toolkit=cuda_toolkit,
+        legacy=legacy,
         jobs=count,
         update=update,
     )
@@ -45,7 +71,8 @@ def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quie
 
 def activate(chosen: Toolchain) -> None:
     """Make ``chosen`` current and its wheel the one that ``import llama_cpp`` finds in this environment."""
-    bindings.ensure_installed(chosen.wheel, version=chosen.wheel_version, commit=chosen.short_commit)
+    if chosen.kind == "llama":
+        bindings.ensure_installed(chosen.wheel, version=chosen.wheel_version, commit=chosen.short_commit)
     toolchain.make_current(chosen)
 
 
@@ -66,6 +93,8 @@ def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
                 "toolchain_id": configuration.id,
                 "reused": there,
                 "commit": configuration.tree.commit,
+                "variants": [variant.name for variant in configuration.variants],
+                "cuda": list(configuration.cuda.reasons) if configuration.cuda else None,
                 "options": list(configuration.options.argv()),
                 "jobs": configuration.jobs.count,
                 "reason": configuration.jobs.reason,
@@ -75,6 +104,8 @@ def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
     console.answer(f"toolchain {configuration.id}{' (there already)' if there else ''}")
     console.answer(f"source    {configuration.tree.pin}, llama.cpp {configuration.tree.commit}")
     console.answer(f"compilers {configuration.c.version}; {configuration.cxx.version}")
+    for reason in configuration.cuda.reasons if configuration.cuda else ():
+        console.answer(f"cuda      {reason}")
     console.answer(f"jobs      {configuration.jobs.count} ({configuration.jobs.reason})")
     for option in configuration.options.argv():
         console.answer(f"          {option}")
@@ -90,9 +121,10 @@ def clean(*, toolchains: bool, everything: bool) -> None:
         before = files.tree_bytes(home)
         for name in names:
             files.remove(home / name, within=home)
-        if toolchains and not everything and (current := toolchain.current()):
+        kept = {found.id for kind in ("llama", "trainer") if (found := toolchain.current(kind))}
+        if toolchains and not everything and kept:
             for other in (home / "toolchains").iterdir():
-                if other.name not in (current.id, "current"):
+                if other.name not in kept and not other.is_symlink():
                     files.remove(other, within=home)
         freed = before - files.tree_bytes(home)
     console.answer(f"{console.format_bytes(freed)} freed in {home}")
@@ -114,9 +146,9 @@ def _built_json(built: Built) -> dict[str, object]:
         "reused": built.reused,
         "commit": made.commit,
         "backends": list(made.backends),
-        "architectures": [],
-        "executed": None,
-        "reason": "a CPU build" if set(made.backends) <= {"CPU"} else "see `./inv test --tier gpu`",
-        "wheel": str(made.wheel),
+        "architectures": list(made.architectures),
+        "executed": made.executed,
+        "reason": made.reason,
+        "wheel": str(made.wheel) if made.wheel_name else None,
         "seconds": round(built.seconds, 3),
     }

@@ -1,0 +1,54 @@
+"""The only importer of llama_cpp: the bindings, held against their library before anything is called."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from runtime.library_log import LibraryLog
+from toolchain.base import console
+from toolchain.base.abi_verdict import require_agreement
+from toolchain.base.command import OPENMP_DEFAULTS
+from toolchain.base.errors import MissingError
+
+_MEND: Final = "run `./inv build`, and unset LLAMA_CPP_LIB_PATH if it is set"
+_F16: Final = 1  # enum ggml_type in ggml.h, the default type of the cache
+
+
+def import_library() -> Any:
+    """The module ``llama_cpp.llama_cpp``.
+
+    Raises MissingError without a usable library, ArtifactError when the structs that the bindings declare are not
+    those of the library; warns where nobody can say (bindings that were not built here).
+    """
+    for name, value in OPENMP_DEFAULTS.items():
+        os.environ.setdefault(name, value)  # read when the library is loaded
+    try:
+        import llama_cpp.llama_cpp as lib
+    except ModuleNotFoundError as error:
+        raise MissingError("llama_cpp is not installed", evidence=str(error), hint="run `./inv build`") from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise MissingError("llama_cpp does not go with its library", evidence=str(error), hint=_MEND) from error
+    if unknown := require_agreement(Path(lib.__file__).parent, Path(lib._lib._name), [lib]):
+        console.warn(f"{unknown}; `./inv doctor` says more")
+        defaults = lib.llama_context_default_params()
+        if (defaults.type_k, defaults.type_v) != (_F16, _F16):
+            raise MissingError(
+                "llama_cpp and its library disagree about the layout of llama_context_params",
+                evidence=f"default cache types read as {defaults.type_k} and {defaults.type_v}, f16 is {_F16}",
+                hint=_MEND,
+            )
+    return lib
+
+
+_routes: list[Any] = []  # the library keeps the callback's address for good, so it must never be collected
+
+
+def route_log(lib: Any, verbose: bool) -> LibraryLog:
+    """The library's log from now on."""
+    log = LibraryLog(shown=verbose)
+    callback = lib.llama_log_callback(log.write)
+    lib.llama_log_set(callback, None)
+    _routes.append(callback)
+    return log

@@ -1,0 +1,113 @@
+"""The NVIDIA GPUs and driver of this machine, as NVML tells them (it needs no CUDA context and no toolkit).
+
+Other GPUs (Metal, Vulkan, HIP) are found by llama.cpp itself; only CUDA has to be known before a build.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU. ``capability`` is its compute capability, (8, 9) for sm_89; None when only the kernel shows it."""
+
+    name: str
+    memory_bytes: int = 0
+    capability: tuple[int, int] | None = None
+    uuid: str = ""
+
+    @property
+    def arch(self) -> str:
+        """The architecture as nvcc numbers it, ``89``; empty when unknown."""
+        return "{}{}".format(*self.capability) if self.capability else ""
+
+    def __str__(self) -> str:
+        return f"{self.name} (sm_{self.arch})" if self.capability else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Driver:
+    """The NVIDIA driver: ``version`` as in 580.65.06, ``cuda`` the newest CUDA release that it runs, (13, 0)."""
+
+    version: str
+    cuda: tuple[int, int]
+
+
+def probe_gpus(root: Path = Path("/")) -> tuple[tuple[Gpu, ...], Driver | None]:
+    """The GPUs that a process here may use (CUDA_VISIBLE_DEVICES counts) and the driver, None without one.
+
+    Without NVML, or below another ``root``, the kernel driver's files tell the names alone.
+    """
+    if root == Path("/") and (found := _ask_nvml()):
+        gpus, driver = found
+        return visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), driver
+    named = tuple(Gpu(name=name) for name in _names(root))
+    return visible(named, os.environ.get("CUDA_VISIBLE_DEVICES") if root == Path("/") else None), None
+
+
+def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[Gpu, ...]:
+    """What CUDA_VISIBLE_DEVICES leaves: indices or UUID beginnings, up to the first that is neither.
+
+    NVML counts by PCI bus and CUDA by speed, so indices into unequal GPUs cannot be told apart from here: then
+    any index keeps them all (CUDA C++ Programming Guide, "CUDA Environment Variables").
+    """
+    if wanted is None:
+        return gpus
+    unequal = len({gpu.capability for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
+    kept: set[int] = set()
+    for item in filter(None, (part.strip() for part in wanted.split(","))):
+        if item.isdigit():
+            named = {int(item)} & {*range(len(gpus))}
+        else:
+            named = {number for number, gpu in enumerate(gpus) if gpu.uuid.startswith(item)}
+        if not named:
+            break
+        kept |= {*range(len(gpus))} if item.isdigit() and unequal else named
+    return tuple(gpus[number] for number in sorted(kept))
+
+
+def _ask_nvml() -> tuple[tuple[Gpu, ...], Driver] | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        driver = Driver(version=_text(pynvml.nvmlSystemGetDriverVersion()), cuda=(cuda // 1000, cuda % 1000 // 10))
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(_describe(handle) for handle in handles), driver
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(handle: object) -> Gpu:
+    import pynvml
+
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        name=_text(pynvml.nvmlDeviceGetName(handle)),
+        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        capability=(int(major), int(minor)),
+        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
+    )
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _names(root: Path) -> list[str]:
+    """Models of the GPUs that the kernel driver lists."""
+    names = []
+    for info in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        model = re.search(r"^Model:\s*(.+)$", info.read_text(errors="replace"), re.MULTILINE)
+        names.append(model[1].strip() if model else "NVIDIA GPU")
+    return names
