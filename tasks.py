@@ -56,6 +56,10 @@ def foundry_task(**options: Any) -> Callable[[Callable[..., None]], Any]:
     iterable=["define"],
     help={
         "legacy-finetune": "the LoRA trainer of 2023, beside the other toolchains",
+        "prebuilt": "install a wheel that fits this machine instead of compiling",
+        "index": "where --prebuilt looks: an index's URL or a folder",
+        "sha256": "the hash that the prebuilt wheel must have",
+        "or-build": "compile when no prebuilt wheel fits",
         "source": "sdist:NAME==VERSION, git:URL@REF or path:DIR",
         "cuda": "for NVIDIA GPUs",
         "cuda-arch": "75,86,90, native or portable (default: the visible GPUs, else portable)",
@@ -90,6 +94,10 @@ def build(
     ui: bool = False,
     debug: bool = False,
     legacy_finetune: bool = False,
+    prebuilt: bool = False,
+    index: str | None = None,
+    sha256: str | None = None,
+    or_build: bool = False,
     source: str | None = None,
     define: Sequence[str] | None = None,
     jobs: str | None = None,
@@ -100,20 +108,25 @@ def build(
 ) -> None:
     """Fetch and compile llama.cpp once; package and prove the Python bindings on it."""
     from toolchain.build import verbs
+    from toolchain.build.install_prebuilt import parse_request
 
     flags = {"cuda": cuda, "cpu": cpu, "vulkan": vulkan, "rpc": rpc, "native": native, "portable": portable}
     flags |= {"ui": ui, "debug": debug, **({blas: True} if blas else {})}
+    variants = [name for name, on in flags.items() if on]
     request = verbs.request(
         source=source,
         defines=define or (),
-        variants=[name for name, on in flags.items() if on],
+        variants=variants,
         cuda_arch=cuda_arch,
         cuda_toolkit=cuda_toolkit,
         legacy=legacy_finetune,
         jobs=jobs,
         update=update,
     )
-    if dry_run:
+    if prebuilt:
+        wanted = parse_request(index=index, source=source, variants=variants, sha256=sha256)
+        verbs.prebuilt(wanted, otherwise=request if or_build else None, as_json=json)
+    elif dry_run:
         verbs.show_configuration(request, as_json=json)
     else:
         verbs.build_and_use(request, use=not no_use, as_json=json)
@@ -125,6 +138,14 @@ def use(c: Context, toolchain_id: str) -> None:
     from toolchain.build import verbs
 
     verbs.use(toolchain_id)
+
+
+@foundry_task(help={"json": "one JSON object on stdout"})
+def doctor(c: Context, json: bool = False) -> None:
+    """Say what is wrong with machine, toolchain and bindings, and how to mend it."""
+    from toolchain.build import verbs
+
+    sys.exit(verbs.examine(as_json=json))
 
 
 @foundry_task(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,13 @@ def test_the_wheel_carries_no_file_twice_and_says_what_is_inside(toolchain: Tool
 
 
 def test_another_option_set_lies_beside_it_after_an_interrupt(built: dict[str, Any], toolchain: Toolchain) -> None:
-    """A bare llama.cpp tree by path, without native code: interrupted in mid-compile, then finished.
+    """A bare llama.cpp tree by path, portable and with RPC: interrupted in mid-compile, then finished.
 
     Whether the proof's decode holds for it is part of the build; the current toolchain stays what it was.
     """
     note = next(files.home_dir("sources").glob("sdist-*0.3.36*/source.json"))
     source = f"path:{note.parent}/vendor/llama.cpp"
-    options = ("build", "--no-use", "--source", source, "--define", "GGML_NATIVE=OFF")
+    options = ("build", "--no-use", "--source", source, "--portable", "--rpc")
     wanted = inv_json(*options, "--dry-run")["toolchain_id"]
     assert wanted != built["toolchain_id"]
     if load(wanted) is None:
@@ -122,9 +123,30 @@ def test_another_option_set_lies_beside_it_after_an_interrupt(built: dict[str, A
         assert len(compiled) >= 20
     made = inv_json(*options)
     assert made["toolchain_id"] == wanted
+    assert {"CPU", "RPC"} <= set(made["backends"])
+    assert re.search(r"\+cpu\.rpc\.portable\.g\w+\.b\w+-py3", made["wheel"])
     assert {wanted, built["toolchain_id"]} <= set(list_ids())
     assert os.readlink(files.foundry_home() / "toolchains" / "current") == toolchain.id
     assert imported(Path(sys.executable), ROOT)["version"] == toolchain.wheel_version
+
+
+def test_a_portable_wheel_loads_the_best_variant_for_this_cpu(built: dict[str, Any], tmp_path: Path) -> None:
+    """The build of the test above, imported elsewhere: one CPU library among many is mapped, and it computes."""
+    portable = next(found for i in list_ids() if (found := load(i)) and "portable" in found.variants)
+    with zipfile.ZipFile(portable.wheel) as archive:
+        archive.extractall(tmp_path)
+    variants = {path.name for path in (tmp_path / "llama_cpp" / "lib").glob("libggml-cpu-*.so")}
+    assert len(variants) > 5
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    mapped = {Path(path).name for path in json.loads(done.stdout.splitlines()[-1])["maps"]}
+    assert len(mapped & variants) == 1
 
 
 def test_use_switches_there_and_back(built: dict[str, Any], toolchain: Toolchain) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import subprocess
 import sys
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from toolchain.base import command, files
+from tests.front_door import inv, inv_json
+from toolchain.base import files
 from toolchain.base.errors import ArtifactError, UsageError
-from toolchain.base.machine import find_compiler, probe
-from toolchain.build import cmake, ggla, legacy
-from toolchain.build.options import BuildOptions
-from toolchain.build.pin import SourceTree, parse_pin
+from toolchain.build import ggla, legacy
+from toolchain.build.pin import DEFAULT_PIN, SourceTree, parse_pin
 from toolchain.build.source import fetch_source
+from toolchain.build.toolchain import Toolchain, current, load
 
 
 @pytest.fixture(scope="session")
@@ -26,29 +28,17 @@ def tree() -> SourceTree:
 
 
 @pytest.fixture(scope="session")
-def trainer(tree: SourceTree) -> Path:
-    """The folder of the trainer's programs, compiled once for this source, these options and this machine."""
-    c, cxx = find_compiler("c"), find_compiler("c++")
-    options = BuildOptions(defines=tuple(sorted(legacy.default_defines(tree.llama).items())))
-    flags = sorted(probe().cpu_flags)
-    identity = files.digest([tree.digest, options.defines, c.version, cxx.version, flags])[:12]
-    prefix = files.home_dir("work") / f"trainer-of-tests-{identity}"
-    with files.locked(prefix.with_suffix(".lock")):
-        if not prefix.is_dir():
-            build = files.home_dir("work") / f"build-trainer-{identity}"
-            source = legacy.stage_source(tree, build / "source")
-            program, ninja = cmake.find_tool("cmake"), cmake.find_tool("ninja")
-            command.run(
-                cmake.configure_argv(
-                    cmake=program, ninja=ninja, source=source, build=build, options=options, c=c, cxx=cxx
-                ),
-                what="configuring the trainer",
-            )
-            command.run(legacy.build_argv(cmake_program=program, build=build, jobs=2), what="compiling the trainer")
-            with files.staged(prefix) as partial:
-                legacy.install_programs(build, partial)
-            files.remove(build, within=build.parent)
-    return prefix / "bin"
+def built_trainer() -> dict[str, Any]:
+    """What `inv build --legacy-finetune` answers; it compiles the trainer when that is not done."""
+    return inv_json("build", "--legacy-finetune")
+
+
+@pytest.fixture(scope="session")
+def trainer(built_trainer: dict[str, Any]) -> Path:
+    """The folder of the trainer's programs."""
+    found = load(built_trainer["toolchain_id"])
+    assert found is not None
+    return found.bin_dir
 
 
 @pytest.fixture
@@ -81,6 +71,41 @@ def with_program(trainer: Path, place: Path, name: str, script: str) -> Path:
 def trains_then(damage: str) -> str:
     """A trainer that really trains, and then does ``damage`` to its adapter (its path is ``out``)."""
     return f"subprocess.run([real, *sys.argv[1:]], check=True)\nout = pathlib.Path(option('--lora-out'))\n{damage}\n"
+
+
+def test_the_trainer_is_a_toolchain_of_its_own_beside_the_modern_one(
+    toolchain: Toolchain, built_trainer: dict[str, Any], trainer: Path
+) -> None:
+    assert sorted(path.name for path in trainer.iterdir()) == sorted(legacy.TRAINER_PROGRAMS)
+    assert "three steps" in built_trainer["reason"]
+    assert (built_trainer["wheel"], built_trainer["backends"]) == (None, ["CPU"])
+    modern, own = current(), current("trainer")
+    assert modern is not None
+    assert own is not None
+    assert (modern.id, own.id) == (toolchain.id, built_trainer["toolchain_id"])
+    assert inv_json("build", "--legacy-finetune")["reused"] is True
+
+
+def test_the_trainer_is_built_from_a_git_pin_too(
+    built_trainer: dict[str, Any], tree: SourceTree, tmp_path: Path
+) -> None:
+    """As from xaedes' branch: a bare llama.cpp in a repository. What would be built, without building it again."""
+    repository = tmp_path / "llama.cpp"
+    shutil.copytree(tree.llama, repository, ignore=shutil.ignore_patterns("models", "media", "kompute"))
+    for argv in (["init", "-q", "-b", "finetune-lora"], ["add", "-A"], ["commit", "-q", "-m", "2023"]):
+        identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        subprocess.run(["git", *identity, *argv], cwd=repository, check=True)
+    pin = f"git:file://{repository}@finetune-lora"
+    told = inv_json("build", "--legacy-finetune", "--source", pin, "--dry-run")
+    assert told["toolchain_id"] != built_trainer["toolchain_id"]
+    assert "-DLLAMA_BUILD_EXAMPLES=ON" in told["options"]
+
+
+def test_a_modern_tree_has_no_trainer(built: dict[str, Any]) -> None:
+    done = inv("build", "--legacy-finetune", "--source", DEFAULT_PIN, "--dry-run")
+    assert done.returncode == 2
+    assert "has no trainer" in done.stderr
+    assert legacy.LEGACY_PIN in done.stderr
 
 
 def test_the_trainer_takes_three_steps_and_its_adapter_merges(trainer: Path) -> None:

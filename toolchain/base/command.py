@@ -13,7 +13,8 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -123,6 +124,49 @@ def attach(argv: Sequence[str | Path], *, what: str, cwd: Path | None = None) ->
         raise _failed(what, command, status, text="", log=None, hint="")
 
 
+@contextmanager
+def serving(
+    argv: Sequence[str | Path],
+    *,
+    what: str,
+    log: Path,
+    ready: Callable[[str], str | None],
+    timeout_s: float,
+    env: Mapping[str, str | None] | None = None,
+    hint: str = "",
+) -> Iterator[str]:
+    """Run ``argv`` beside the body: what ``ready`` finds in its output so far is yielded once it is not None.
+
+    All output goes to ``log``, as in ``run``. The child's whole tree is ended with the body. Raises MissingError
+    when the program is not there, CommandError when it ends or ``timeout_s`` pass before it is ready.
+    """
+    command = [str(part) for part in argv]
+    sink = _open_log(log, command)
+    assert sink is not None
+    with sink:
+        begin = sink.tell()
+        environment = _environment(env or {})
+        how = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": subprocess.STDOUT, "env": environment}
+        child = _start(command, what=what, hint=hint, **how)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = child.poll()  # before the log is read, so that an ended child's last words are in it
+            text = log.read_bytes()[begin:].decode(errors="replace")
+            if (answer := ready(text)) is not None:
+                break
+            if status is not None:
+                raise _failed(what, command, status, text=text, log=log, hint=hint)
+            if time.monotonic() > deadline:
+                message = f"{what}: {Path(command[0]).name} was not ready within {timeout_s:g} s"
+                raise CommandError(message, evidence=_evidence(command, text, log), hint=hint)
+            time.sleep(0.02)
+        yield answer
+    finally:
+        if child.poll() is None:  # the id of one that was waited for may be another's by now
+            _stop_tree(child)
+
+
 def shown(argv: Sequence[str | Path]) -> str:
     """``argv`` as one line that a shell would take."""
     return shlex.join(str(part) for part in argv)
@@ -160,8 +204,7 @@ def _open_log(log: Path | None, command: list[str]) -> IO[bytes] | None:
 
 
 def _failed(what: str, command: list[str], status: int, *, text: str, log: Path | None, hint: str) -> FoundryError:
-    tail = "\n".join(text.replace("\r", "\n").splitlines()[-TAIL_LINES:])
-    evidence = f"{tail}\n$ {shown(command)}" + (f"\nlog: {log}" if log else "")
+    evidence = _evidence(command, text, log)
     if "No space left on device" in text:
         return MissingError(
             f"{what}: the disk is full",
@@ -175,6 +218,11 @@ def _failed(what: str, command: list[str], status: int, *, text: str, log: Path 
     else:
         ended = f"ended with status {status}"
     return CommandError(f"{what}: {Path(command[0]).name} {ended}", evidence=evidence, hint=hint)
+
+
+def _evidence(command: list[str], text: str, log: Path | None) -> str:
+    tail = "\n".join(text.replace("\r", "\n").splitlines()[-TAIL_LINES:])
+    return f"{tail}\n$ {shown(command)}" + (f"\nlog: {log}" if log else "")
 
 
 def _stop_tree(child: subprocess.Popen[bytes]) -> None:

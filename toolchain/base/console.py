@@ -74,6 +74,18 @@ def answer_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
+def answer_finding(state: str, subject: str, text: str, mend: str) -> None:
+    """One finding of an examination on stdout: mark, subject, what was found, and below it how it is mended."""
+    mark = {"ok": "[green]✓[/green]", "note": "[yellow]![/yellow]", "bad": "[red]✗[/red]"}[state]
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    first, *rest = text.splitlines() or [""]
+    console.print(f"{mark} {escape(subject):<10} {escape(first)}")
+    for line in rest:
+        console.print(f"  {'':<10} {escape(line)}")
+    if mend:
+        console.print(f"  {'':<10} [bold]→[/bold] {escape(mend)}")
+
+
 @contextmanager
 def step(title: str, *, quiet_s: float = 0.0) -> Iterator[Step]:
     """Show ``title`` as running; end with its mark and seconds, also when the body raises.

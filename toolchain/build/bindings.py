@@ -55,11 +55,9 @@ def local_version(toolchain_id: str, lib_dir: Path, variants: Sequence[Variant],
     parts = [_flavour(lib_dir)]
     if choice and choice.toolkit:
         parts = ["cu{}{}".format(*choice.toolkit.release)]
-        sass = {arch for arch, kind in choice.wanted if kind == "sass"}
-        ptx = {arch for arch, kind in choice.wanted if kind == "ptx"} - sass
-        parts += [f"sm{arch}" for arch in sorted(sass, key=_number)] + [
-            f"ptx{arch}" for arch in sorted(ptx, key=_number)
-        ]
+        sass = [code.arch for code in choice.wanted if code.kind == "sass"]
+        ptx = [code.arch for code in choice.wanted if code.kind == "ptx" and code.arch not in sass]
+        parts += [f"sm{arch}" for arch in sass] + [f"ptx{arch}" for arch in ptx]
     parts += [variant.tag for variant in variants if variant.tag and variant.tag not in parts]
     return ".".join((*parts, f"g{commit}", f"b{digest}"))
 
@@ -106,7 +104,7 @@ def package(
     return next(out.glob("*.whl"))
 
 
-def ensure_installed(wheel: Path, *, version: str, commit: str) -> None:
+def ensure_installed(wheel: Path, *, version: str, commit: str | None) -> None:
     """Make ``wheel`` what ``import llama_cpp`` finds in the virtual environment that runs us, and prove it there.
 
     What was proven is noted in the environment, so a second call costs nothing; bindings that fail the proof
@@ -175,10 +173,6 @@ def _write_layout(stage: Path, *, include_dirs: Sequence[Path], compiler: Compil
         path.name: files.sha256_file(path) for path in sorted(package_dir.rglob("*")) if LIBRARIES.fullmatch(path.name)
     }
     files.write_json(package_dir / LAYOUT_FILE, {**layout.to_json(), "libraries": libraries})
-
-
-def _number(arch: str) -> int:
-    return int(re.sub(r"\D", "", arch))
 
 
 def _write_needs(pyproject: Path, needs: Sequence[str]) -> None:

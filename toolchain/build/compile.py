@@ -13,6 +13,7 @@ from toolchain.build import bindings, cmake, legacy, proof, toolchain
 from toolchain.build.configure import BuildRequest, Configuration, compilers_of, configure
 from toolchain.build.solve import disk_bytes
 from toolchain.build.toolchain import Toolchain
+from toolchain.build.webui import Page, build_page, hand_over, prove_page
 
 CONVERTER_PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
 
@@ -53,8 +54,15 @@ class _Job:
     into: Path
     log: Path
 
-    def configure_and_compile(self, *, targets: tuple[str, ...] = ()) -> None:
-        """cmake, then ninja. A failed configuration is thrown away, a finished one goes on where it stopped."""
+    @property
+    def page_log(self) -> Path:
+        return self.log.with_name(f"page-{self.configuration.id}.log")
+
+    def configure_and_compile(self, *, targets: tuple[str, ...] = (), page: Page | None = None) -> None:
+        """cmake, then ninja. A failed configuration is thrown away, a finished one goes on where it stopped.
+
+        ``page`` is laid where the tree's own scripts look for one that npm has built.
+        """
         configuration, program = self.configuration, cmake.find_tool("cmake")
         argv = cmake.configure_argv(
             cmake=program,
@@ -72,6 +80,8 @@ class _Job:
         except CommandError:
             files.remove(self.build_dir, within=self.build_dir.parent)
             raise
+        if page:
+            hand_over(page, llama=self.source, build=self.build_dir)
         with console.step("compile llama.cpp") as step:
             step.note = f"{configuration.jobs.count} jobs ({configuration.jobs.reason})"
             command.run(
@@ -110,7 +120,11 @@ def _compile(configuration: Configuration) -> Toolchain:
 def _make_llama(job: _Job) -> Toolchain:
     """Tools, libraries, converter and wheel; proven together."""
     configuration, tree = job.configuration, job.configuration.tree
-    job.configure_and_compile()
+    page = None
+    if configuration.options.builds_page:
+        with console.step("build the web page") as step:
+            page = build_page(tree.llama, log=job.page_log, on_progress=step.advance)
+    job.configure_and_compile(page=page)
     with console.step("package the Python bindings"):
         command.run(
             cmake.install_argv(cmake=cmake.find_tool("cmake"), build=job.build_dir, prefix=job.into),
@@ -128,6 +142,9 @@ def _make_llama(job: _Job) -> Toolchain:
             loads_backends=configuration.options.loads_backends,
             choice=configuration.cuda,
         )
+    if page:
+        with console.step("prove the web page"):
+            prove_page(job.into / "bin" / "llama-server", page, log=job.page_log)
     with console.step("prove the build") as step:
         codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
         proven = proof.prove_wheel(wheel, commit=tree.short_commit, env=_without_driver(configuration))

@@ -17,6 +17,7 @@ from toolchain.build.pin import DEFAULT_PIN, SourceTree, parse_pin
 from toolchain.build.solve import Jobs, choose_jobs
 from toolchain.build.source import fetch_source
 from toolchain.build.variants import Variant, choose_variants, require_needs
+from toolchain.build.webui import page_defines
 
 # What cmake and the compilers read from the environment.
 FLAGS = re.compile(r"(C|CXX|CPP|LD|CUDA)FLAGS|CMAKE_\w+")
@@ -70,6 +71,8 @@ def configure(request: BuildRequest) -> Configuration:
     tree = fetch_tree(request)
     if request.legacy:
         legacy.require_trainer(tree)
+    # a tree may carry its page ready-made: then there is nothing to switch on
+    variants = tuple(replace(v, defines=page_defines(tree.llama)) if v.name == "ui" else v for v in variants)
     stub = None
     if choice and choice.toolkit and not choice.toolkit.driver_stub:
         # trees of before 2025 cannot be told to do without the driver's library

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from toolchain.base.errors import ArtifactError, MissingError, UsageError
@@ -15,10 +15,12 @@ from toolchain.build.cuda_facts import (
     MINIMUM_RELEASE,
     PORTABLE_ARCHITECTURES,
     Release,
+    known_architectures,
     newest_compiler,
     releases_for,
     releases_for_gcc,
 )
+from toolchain.build.fatbin import DeviceCode, Kind, serves
 from toolchain.build.toolkit import NAMED, Toolkit
 
 INDEX_RELEASE: Release = (13, 0)
@@ -39,10 +41,9 @@ class CudaChoice:
     reasons: tuple[str, ...]
 
     @property
-    def wanted(self) -> frozenset[tuple[str, str]]:
-        """(architecture, "sass" or "ptx") that the library must carry."""
-        both = {"": ("sass", "ptx"), "real": ("sass",), "virtual": ("ptx",)}
-        return frozenset((arch.partition("-")[0], kind) for arch in self.archs for kind in both[arch.partition("-")[2]])
+    def wanted(self) -> tuple[DeviceCode, ...]:
+        """What the library must carry."""
+        return _device_code(self.archs)
 
 
 def choose_cuda(
@@ -88,10 +89,7 @@ def choose_cuda(
 def from_index(*, compilers: Sequence[Compiler], machine: Machine, asked: Sequence[str] = ()) -> CudaChoice:
     """The same with the package index's toolkit; its limits are known before it is fetched."""
     wanted, origin = _wanted(asked, machine.gpus)
-    known = frozenset(
-        arch for arch, (first, last) in ARCHITECTURES.items() if first <= INDEX_RELEASE and (last or (99, 0)) > (13, 0)
-    )
-    archs = _known(wanted, known, INDEX_RELEASE)
+    archs = _known(wanted, known_architectures(INDEX_RELEASE), INDEX_RELEASE)
     _require_driver(INDEX_RELEASE, archs, machine)
     _require_served(archs, machine.gpus)
     newest = {family: newest_compiler(INDEX_RELEASE, family) for family in ("gcc", "clang")}
@@ -203,23 +201,22 @@ def _host(toolkit: Toolkit, compilers: Sequence[Compiler]) -> tuple[Compiler, st
 def _require_served(archs: Sequence[str], gpus: Sequence[Gpu]) -> None:
     """Every visible GPU gets machine code or PTX that it can run: a GPU that is left out falls back to the CPU."""
     for gpu in gpus:
-        if gpu.capability and not any(_serves(arch, gpu.capability) for arch in archs):
+        if gpu.capability and serves(_device_code(archs), gpu.capability) is None:
             raise ArtifactError(
                 f"a build for {', '.join(archs)} could not run on the visible {gpu}",
                 hint=f"add {gpu.arch} to --cuda-arch, or set CUDA_VISIBLE_DEVICES= to build for other machines",
             )
 
 
-def _serves(arch: str, capability: tuple[int, int]) -> bool:
-    """CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility"."""
-    number, _, kind = arch.partition("-")
-    digits = re.sub(r"\D", "", number)
-    own = (int(digits[:-1]), int(digits[-1]))
-    if number != digits:
-        return own == capability
-    return (kind != "virtual" and own[0] == capability[0] and own <= capability) or (
-        kind != "real" and own <= capability
-    )
+def _device_code(archs: Sequence[str]) -> tuple[DeviceCode, ...]:
+    """What nvcc makes of ``archs``: machine code (real), PTX (virtual), or both."""
+    kinds: Mapping[str, tuple[Kind, ...]] = {"": ("sass", "ptx"), "real": ("sass",), "virtual": ("ptx",)}
+    codes = {
+        DeviceCode(arch=name, kind=kind)
+        for name, _, how in (arch.partition("-") for arch in archs)
+        for kind in kinds[how]
+    }
+    return tuple(sorted(codes))
 
 
 def _shown(release: Release) -> str:

@@ -59,14 +59,22 @@ class BuildOptions:
     @property
     def native(self) -> bool:
         """Whether the code is compiled for this very CPU (llama.cpp's default)."""
-        chosen = dict(self.defines)
-        named = chosen.get("GGML_NATIVE", chosen.get("LLAMA_NATIVE", "ON"))
-        return named.upper() not in ("OFF", "0", "FALSE", "NO")
+        named = {"GGML_NATIVE", "LLAMA_NATIVE"} & dict(self.defines).keys()
+        return not named or any(self.is_on(name) for name in named)
 
     @property
     def loads_backends(self) -> bool:
         """Whether backends are libraries of their own that are loaded at run time."""
-        return dict(self.defines).get("GGML_BACKEND_DL", "OFF").upper() in ("ON", "1", "TRUE", "YES")
+        return self.is_on("GGML_BACKEND_DL")
+
+    @property
+    def builds_page(self) -> bool:
+        """Whether llama-server gets the web page that npm builds."""
+        return self.is_on("LLAMA_BUILD_UI")
+
+    def is_on(self, name: str) -> bool:
+        """Whether cmake takes the option's value for true."""
+        return dict(self.defines).get(name, "OFF").upper() in ("ON", "1", "TRUE", "YES", "Y")
 
     def argv(self) -> tuple[str, ...]:
         return tuple(f"-D{name}={value}" for name, value in (*self.defines, *self.places))

@@ -99,11 +99,11 @@ def require_backends(proof: Proof, variants: Sequence[Variant]) -> None:
 def prove_cuda(root: Path, choice: CudaChoice) -> tuple[DeviceCode, ...]:
     """The device code below ``root``; ArtifactError when an architecture that was asked for is not in it."""
     codes = embedded(root, choice.toolkit.root / "bin" if choice.toolkit else None)
-    there = {(code.arch.rstrip("af"), code.kind) for code in codes}
-    missing = sorted(f"{kind} {arch}" for arch, kind in choice.wanted if (arch.rstrip("af"), kind) not in there)
+    there = {(code.kind, code.arch.rstrip("af")) for code in codes}  # llama.cpp compiles 120 as 120a
+    missing = [code for code in choice.wanted if (code.kind, code.arch.rstrip("af")) not in there]
     if missing:
         raise ArtifactError(
-            f"the CUDA library lacks {', '.join(missing)}, which was asked for",
+            f"the CUDA library lacks {_shown(missing)}, which was asked for",
             evidence=f"it carries {_shown(codes) or 'no device code'}",
             hint="read the build's log for what cmake did with CMAKE_CUDA_ARCHITECTURES",
         )
@@ -111,11 +111,31 @@ def prove_cuda(root: Path, choice: CudaChoice) -> tuple[DeviceCode, ...]:
 
 
 def embedded(root: Path, toolkit_bin: Path | None = None) -> tuple[DeviceCode, ...]:
-    """The device code of the CUDA library below ``root`` (lib or bin of a Toolchain, llama_cpp/lib of a wheel)."""
-    for name in ("libggml-cuda.so", "libllama.so", "finetune"):
-        for library in sorted(root.rglob(name)):
-            return device_code(library, cuobjdump=find_cuobjdump(toolkit_bin))
+    """The device code below ``root`` (a Toolchain, or the libraries of a package); empty for a build without CUDA.
+
+    Today's builds have it in a library of its own, those of before mid-2024 in libllama or in each program.
+    """
+    cuobjdump = find_cuobjdump(toolkit_bin) if toolkit_bin else None
+    for library in sorted(root.rglob("libggml-cuda.so")):
+        return device_code(library, cuobjdump=cuobjdump)
+    if not any(root.rglob("libggml-base.*")):
+        for library in (*sorted(root.rglob("libllama.so")), *sorted(root.rglob("finetune"))):
+            try:
+                return device_code(library, cuobjdump=cuobjdump)
+            except ArtifactError:  # none in it
+                continue
     return ()
+
+
+def require_served(codes: Sequence[DeviceCode], gpus: Sequence[Gpu]) -> None:
+    """Raise ArtifactError when CUDA code is there, but none that a visible GPU can run."""
+    for gpu in gpus if codes else ():
+        if gpu.capability and serves(codes, gpu.capability) is None:
+            raise ArtifactError(
+                f"this build cannot run on the visible {gpu}",
+                evidence=f"it carries {_shown(codes)}",
+                hint=f"build for it: `./inv build --cuda --cuda-arch {gpu.arch}`",
+            )
 
 
 def judge_execution(
@@ -129,13 +149,7 @@ def judge_execution(
         return proof.executed, "a CPU build" if proof.executed is None else "all layers ran on the accelerator"
     if not gpus:
         return None, "no GPU visible"
-    for gpu in gpus:
-        if gpu.capability and serves(codes, gpu.capability) is None:
-            raise ArtifactError(
-                f"this build cannot run on the visible {gpu}",
-                evidence=f"it carries {_shown(codes)}",
-                hint=f"build for it: `./inv build --cuda --cuda-arch {gpu.arch}`",
-            )
+    require_served(codes, gpus)
     if proof.executed is None:
         raise ArtifactError(
             f"{gpus[0]} is visible, but the library put no layer on it",

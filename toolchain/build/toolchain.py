@@ -78,7 +78,7 @@ def load(toolchain_id: str) -> Toolchain | None:
     if not isinstance(noted, dict):
         return None
     try:
-        lists = {key: tuple(noted[key]) for key in ("variants", "backends", "architectures", "options", "compilers")}
+        lists = {key: tuple(noted.get(key, ())) for key in ("variants", "backends", "architectures", "options", "compilers")}
         return Toolchain(**{**noted, **lists, "root": root})
     except (KeyError, TypeError):
         return None

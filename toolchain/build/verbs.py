@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from toolchain.base import console, files
-from toolchain.base.errors import UsageError
-from toolchain.build import bindings, toolchain
+from toolchain.base.errors import MissingError, UsageError
+from toolchain.build import bindings, doctor, toolchain
 from toolchain.build.compile import Built, build
 from toolchain.build.configure import BuildRequest, configure
+from toolchain.build.install_prebuilt import Installed, PrebuiltRequest, install_prebuilt
 from toolchain.build.options import parse_define
 from toolchain.build.toolchain import Toolchain
 from toolchain.build.variants import OLD_NAMES
@@ -69,6 +70,24 @@ def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quie
     return built.toolchain
 
 
+def prebuilt(asked: PrebuiltRequest, *, otherwise: BuildRequest | None, as_json: bool) -> None:
+    """``inv build --prebuilt``: install a wheel that fits; with ``otherwise``, build that when none does."""
+    with files.home_in_use():
+        try:
+            installed = install_prebuilt(asked)
+        except MissingError as error:
+            if otherwise is None:
+                raise
+            console.warn(f"{error.message}; building instead")
+            installed = None
+    if installed is None and otherwise is not None:
+        build_and_use(otherwise, use=True, as_json=as_json)
+    elif installed and as_json:
+        console.answer_json(_prebuilt_json(installed))
+    elif installed:
+        console.answer(f"llama_cpp {installed.proof.version} is installed from {installed.wheel.name}")
+
+
 def activate(chosen: Toolchain) -> None:
     """Make ``chosen`` current and its wheel the one that ``import llama_cpp`` finds in this environment."""
     if chosen.kind == "llama":
@@ -111,6 +130,18 @@ def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
         console.answer(f"          {option}")
 
 
+def examine(*, as_json: bool) -> int:
+    """``inv doctor``: the findings with the mend for each; the exit code of the first that is bad, else 0."""
+    with console.step("look at machine, toolchain and bindings"):
+        findings = doctor.examine()
+    if as_json:
+        console.answer_json(doctor.as_json(findings))
+    else:
+        for finding in findings:
+            console.answer_finding(finding.state, finding.subject, finding.finding, finding.mend)
+    return next((finding.exit_code for finding in findings if finding.state == "bad"), 0)
+
+
 def clean(*, toolchains: bool, everything: bool) -> None:
     """Delete work and logs; also other toolchains, or all that can be made again, when asked."""
     home = files.foundry_home()
@@ -151,4 +182,20 @@ def _built_json(built: Built) -> dict[str, object]:
         "reason": made.reason,
         "wheel": str(made.wheel) if made.wheel_name else None,
         "seconds": round(built.seconds, 3),
+    }
+
+
+def _prebuilt_json(installed: Installed) -> dict[str, object]:
+    return {
+        "toolchain_id": None,
+        "reused": False,
+        "commit": installed.proof.commit,
+        "backends": list(installed.proof.backends),
+        "architectures": list(installed.architectures),
+        "executed": installed.executed,
+        "reason": installed.reason,
+        "wheel": str(installed.wheel),
+        "abi": installed.abi,
+        "rejected": list(installed.rejected),
+        "seconds": round(installed.seconds, 3),
     }

@@ -1,0 +1,75 @@
+"""GPUs and driver as NVML tells them, through a real library that describes a machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.described_nvml import write_nvml
+from tests.front_door import ROOT, environment
+from toolchain.base.gpu import Gpu, probe_gpus, visible
+
+SMALL = Gpu(name="NVIDIA GeForce RTX 3060", memory_bytes=12 << 30, capability=(8, 6), uuid="GPU-aa11")
+LARGE = Gpu(name="NVIDIA H200", memory_bytes=141 << 30, capability=(9, 0), uuid="GPU-bb22")
+ASK = """
+import dataclasses, json
+from toolchain.base.gpu import probe_gpus
+gpus, driver = probe_gpus()
+print(json.dumps([[dataclasses.asdict(gpu) for gpu in gpus], driver and dataclasses.asdict(driver)]))
+"""
+
+
+def seen(env: dict[str, str]) -> tuple[list[str], dict[str, object] | None]:
+    """(names, driver) that a fresh process sees."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=ROOT, env=environment(env), capture_output=True, text=True, check=True
+    )
+    gpus, driver = json.loads(done.stdout)
+    return [gpu["name"] for gpu in gpus], driver
+
+
+def test_gpus_and_driver_are_told_by_nvml(tmp_path: Path) -> None:
+    env = write_nvml(tmp_path, [SMALL, LARGE], driver="580.65.06", cuda=(13, 0))
+    names, driver = seen(env)
+    assert names == [SMALL.name, LARGE.name]
+    assert driver == {"version": "580.65.06", "cuda": [13, 0]}
+    assert seen({**env, "CUDA_VISIBLE_DEVICES": ""})[0] == []
+    assert seen({**env, "CUDA_VISIBLE_DEVICES": "GPU-bb"})[0] == [LARGE.name]
+
+
+def test_a_driver_that_does_not_answer_is_no_driver(tmp_path: Path) -> None:
+    assert seen(write_nvml(tmp_path, [SMALL], answers=False)) == ([], None)
+
+
+def test_without_nvml_the_kernel_tells_the_names(tmp_path: Path) -> None:
+    folder = tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0"
+    folder.mkdir(parents=True)
+    (folder / "information").write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 1\n")
+    gpus, driver = probe_gpus(tmp_path)
+    assert ([str(gpu) for gpu in gpus], driver) == (["NVIDIA GeForce RTX 3060"], None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "order", "left"),
+    [
+        (None, None, (SMALL, LARGE)),
+        ("", None, ()),
+        ("-1", None, ()),
+        ("1", "PCI_BUS_ID", (LARGE,)),
+        ("1,0", "PCI_BUS_ID", (SMALL, LARGE)),
+        ("0,7,1", "PCI_BUS_ID", (SMALL,)),
+        ("GPU-aa11", None, (SMALL,)),
+        ("1", None, (SMALL, LARGE)),  # CUDA numbers unequal GPUs by speed: either may be meant
+    ],
+)
+def test_what_cuda_visible_devices_leaves(
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None, order: str | None, left: tuple[Gpu, ...]
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    if order:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    assert visible((SMALL, LARGE), wanted) == left
