@@ -110,9 +110,9 @@ def build(
     from toolchain.build import verbs
     from toolchain.build.install_prebuilt import parse_request
 
-    flags = {"cuda": cuda, "cpu": cpu, "vulkan": vulkan, "rpc": rpc, "native": native, "portable": portable}
-    flags |= {"ui": ui, "debug": debug, **({blas: True} if blas else {})}
-    variants = [name for name, on in flags.items() if on]
+    variants = verbs.chosen_variants(
+        cuda=cuda, cpu=cpu, vulkan=vulkan, rpc=rpc, native=native, portable=portable, ui=ui, debug=debug, blas=blas
+    )
     request = verbs.request(
         source=source,
         defines=define or (),
@@ -124,8 +124,13 @@ def build(
         update=update,
     )
     if prebuilt:
-        wanted = parse_request(index=index, source=source, variants=variants, sha256=sha256)
-        verbs.prebuilt(wanted, otherwise=request if or_build else None, as_json=json)
+        wheel = parse_request(index=index, source=source, variants=request.variants, sha256=sha256)
+        if dry_run:
+            verbs.show_prebuilt(wheel, as_json=json)
+        else:
+            verbs.prebuilt(wheel, otherwise=request if or_build else None, as_json=json)
+    elif index or sha256 or or_build:
+        raise UsageError("--index, --sha256 and --or-build belong to --prebuilt", hint="add --prebuilt")
     elif dry_run:
         verbs.show_configuration(request, as_json=json)
     else:
@@ -190,12 +195,18 @@ def demo(c: Context, prompt: str = "The import statement") -> None:
     )
 
 
-@foundry_task(help={"toolchains": "also all toolchains but the current one", "all": "all that can be made again"})
-def clean(c: Context, toolchains: bool = False, all: bool = False) -> None:
+@foundry_task(
+    help={
+        "unused": "also the toolchains that are not in use",
+        "toolchain": "also the toolchains in use: the next build compiles again",
+        "all": "all that can be made again",
+    }
+)
+def clean(c: Context, unused: bool = False, toolchain: bool = False, all: bool = False) -> None:
     """Delete what can be rebuilt: intermediate files and logs; results in models/ stay."""
     from toolchain.build import verbs
 
-    verbs.clean(toolchains=toolchains, everything=all)
+    verbs.clean(unused=unused or toolchain, used=toolchain, everything=all)
 
 
 @foundry_task(name="test", help={"tier": "unit, build, e2e, fault or gpu (default: all but gpu)", "k": "pytest's -k"})

@@ -52,11 +52,12 @@ def make_wheel(
     tag: str = "py3-none-linux_x86_64",
     *,
     content: str = "",
+    extra: Mapping[str, bytes] | None = None,
     spoil: Mapping[str, bytes | None] | None = None,
 ) -> Wheel:
     """A sound wheel of llama-cpp-python that holds next to nothing.
 
-    ``spoil`` replaces, adds or (None) takes out files after RECORD was written.
+    ``extra`` files are part of it; ``spoil`` replaces, adds or (None) takes out files after RECORD was written.
     """
     information = f"llama_cpp_python-{version}.dist-info"
     inside: dict[str, bytes] = {
@@ -64,6 +65,7 @@ def make_wheel(
         "llama_cpp/lib/libllama.so": b"\x7fELF" + bytes(range(256)) * 8,
         f"{information}/METADATA": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n".encode(),
         f"{information}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n".encode(),
+        **(extra or {}),
     }
     rows = [f"{name},sha256={_record_digest(body)},{len(body)}" for name, body in inside.items()]
     inside[f"{information}/RECORD"] = "\n".join([*rows, f"{information}/RECORD,,"]).encode()

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -55,13 +55,19 @@ class Body:
     names: tuple[str, ...]
 
 
-def prove_abi(*, path: Path | None, include_dirs: Sequence[Path], compiler: Compiler) -> Layout:
+def prove_abi(
+    *,
+    path: Path | None,
+    include_dirs: Sequence[Path],
+    compiler: Compiler,
+    env: Mapping[str, str | None] | None = None,
+) -> Layout:
     """The compiled layout of what the bindings below ``path`` (None: the installed ones) declare.
 
     Raises ArtifactError with one line per fault when they disagree; errors else as ``declared_by`` and
     ``compiled_layout``.
     """
-    declared = declared_by(path)
+    declared = declared_by(path, env=env)
     compiled = compiled_layout(declared, include_dirs=include_dirs, compiler=compiler)
     if faults := compare(declared, compiled):
         raise ArtifactError(
@@ -72,15 +78,17 @@ def prove_abi(*, path: Path | None, include_dirs: Sequence[Path], compiler: Comp
     return compiled
 
 
-def declared_by(path: Path | None) -> Layout:
+def declared_by(path: Path | None, *, env: Mapping[str, str | None] | None = None) -> Layout:
     """What the package llama_cpp in the folder ``path`` (None: the installed one) declares, asked of a child.
 
-    Its library must be there, since importing it opens it. Raises ArtifactError when that fails.
+    Its library must be there, since importing it opens it; ``env`` is added to the child's environment. Raises
+    ArtifactError when that fails.
     """
     places = [str(place) for place in (path, files.PROJECT_ROOT) if place]
     environment = {
         "PYTHONPATH": os.pathsep.join(places),
         **dict.fromkeys(("LLAMA_CPP_LIB_PATH", "LLAMA_CPP_LIB", "MTMD_CPP_LIB", "LLAVA_CPP_LIB")),
+        **(env or {}),
     }
     child = Path(__file__).with_name("abi_child.py")
     try:

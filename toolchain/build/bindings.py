@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from toolchain.build.toolkit_parts import wheel_needs
 from toolchain.build.variants import Variant
 
 DISTRIBUTION = "llama_cpp_python"
-LAYOUT = 3  # raise when what goes into the wheel changes: it is part of a Toolchain's id
+LAYOUT = 4  # raise when what goes into the wheel changes: it is part of a Toolchain's id
 
 # The bindings open libllama and libmtmd, and these bring the ggml libraries along.
 LIBRARIES = re.compile(r"lib(llama|mtmd|ggml([-_]\w+)*|ggml_shared)\.(so|dylib)")
@@ -71,6 +71,7 @@ def package(
     out: Path,
     loads_backends: bool = False,
     choice: CudaChoice | None = None,
+    env: Mapping[str, str | None] | None = None,
 ) -> Path:
     """The wheel: the Python package of ``tree`` (or of the default pin, for a bare llama.cpp) plus libraries.
 
@@ -93,7 +94,7 @@ def package(
         if loads_backends:
             init = package_dir / "__init__.py"
             init.write_text(init.read_text() + LOAD_BACKENDS)
-        _write_layout(stage, include_dirs=[root / "include", *tree.include_dirs], compiler=compiler)
+        _write_layout(stage, _include_dirs(root, tree), compiler, env)
         if choice and choice.toolkit:
             _write_needs(stage / "pyproject.toml", wheel_needs(choice.toolkit.release[0]))
         hook = (
@@ -161,14 +162,22 @@ def _copy_libraries(root: Path, package_dir: Path) -> None:
             shutil.copy2(library, into / library.name)
 
 
-def _write_layout(stage: Path, *, include_dirs: Sequence[Path], compiler: Compiler) -> None:
+def _include_dirs(root: Path, tree: SourceTree) -> list[Path]:
+    """The headers of the installed build; trees of before 2025 install only some, and keep theirs at the top."""
+    installed = root / "include"
+    return [installed] if (installed / "ggml.h").is_file() and (installed / "llama.h").is_file() else [tree.llama]
+
+
+def _write_layout(
+    stage: Path, include_dirs: Sequence[Path], compiler: Compiler, env: Mapping[str, str | None] | None
+) -> None:
     """Prove the staged bindings against the headers, mending what is known, and write ``abi.json`` into the package."""
     package_dir = stage / "llama_cpp"
-    declared = abi.declared_by(stage)
+    declared = abi.declared_by(stage, env=env)
     layout = abi.compiled_layout(declared, include_dirs=include_dirs, compiler=compiler)
     for fault in mend(package_dir, compare(declared, layout)):
         console.say(f"  mended in the bindings: {fault}")
-    layout = abi.prove_abi(path=stage, include_dirs=include_dirs, compiler=compiler)
+    layout = abi.prove_abi(path=stage, include_dirs=include_dirs, compiler=compiler, env=env)
     libraries = {
         path.name: files.sha256_file(path) for path in sorted(package_dir.rglob("*")) if LIBRARIES.fullmatch(path.name)
     }

@@ -125,28 +125,30 @@ def _make_llama(job: _Job) -> Toolchain:
         with console.step("build the web page") as step:
             page = build_page(tree.llama, log=job.page_log, on_progress=step.advance)
     job.configure_and_compile(page=page)
+    command.run(
+        cmake.install_argv(cmake=cmake.find_tool("cmake"), build=job.build_dir, prefix=job.into),
+        what="installing llama.cpp",
+        log=job.log,
+    )
+    codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
+    if page:
+        with console.step("prove the web page"):
+            prove_page(job.into / "bin" / "llama-server", page, log=job.page_log)
     with console.step("package the Python bindings"):
-        command.run(
-            cmake.install_argv(cmake=cmake.find_tool("cmake"), build=job.build_dir, prefix=job.into),
-            what="installing llama.cpp",
-            log=job.log,
-        )
         _copy_converter(tree.llama, job.into / "convert")
-        local = bindings.local_version(configuration.id, job.into / "lib", configuration.variants, configuration.cuda)
         wheel = bindings.package(
             tree,
             root=job.into,
             compiler=configuration.c,
-            local=local,
+            local=bindings.local_version(
+                configuration.id, job.into / "lib", configuration.variants, configuration.cuda
+            ),
             out=job.into / "wheel",
             loads_backends=configuration.options.loads_backends,
             choice=configuration.cuda,
+            env=_without_driver(configuration),
         )
-    if page:
-        with console.step("prove the web page"):
-            prove_page(job.into / "bin" / "llama-server", page, log=job.page_log)
     with console.step("prove the build") as step:
-        codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
         proven = proof.prove_wheel(wheel, commit=tree.short_commit, env=_without_driver(configuration))
         proof.require_backends(proven, configuration.variants)
         executed, reason = proof.judge_execution(proven, codes, configuration.machine.gpus)

@@ -81,6 +81,22 @@ def parse_request(
     )
 
 
+def choose_wheels(request: PrebuiltRequest, machine: Machine) -> tuple[list[Verdict], list[str]]:
+    """The wheels that fit this machine, best first, and why the others do not; MissingError when none fits."""
+    with console.step(f"look for a wheel in {request.index}") as step:
+        verdicts = judge(find_offers(request.index), target(machine, request))
+        fitting = [verdict for verdict in verdicts if verdict.rejected is None]
+        step.note = f"{len(fitting)} of {len(verdicts)} fit"
+    reasons = _shown(verdicts)
+    if not fitting:
+        raise MissingError(
+            "no prebuilt wheel fits this machine",
+            evidence="\n".join(reasons) or f"{request.index} has no wheel of llama-cpp-python",
+            hint="`./inv build` compiles one (`--or-build` does so whenever none fits), or name another --index",
+        )
+    return fitting, reasons
+
+
 def install_prebuilt(request: PrebuiltRequest) -> Installed:
     """Install the best wheel that fits this machine and holds its proof.
 
@@ -89,19 +105,9 @@ def install_prebuilt(request: PrebuiltRequest) -> Installed:
     """
     started = time.monotonic()
     machine = probe()
-    with console.step(f"look for a wheel in {request.index}") as step:
-        verdicts = judge(find_offers(request.index), target(machine, request))
-        fitting = [verdict for verdict in verdicts if verdict.rejected is None]
-        step.note = f"{len(fitting)} of {len(verdicts)} fit"
-    reasons = _shown(verdicts)
+    fitting, reasons = choose_wheels(request, machine)
     for line in reasons:
         console.say(f"  {line}")
-    if not fitting:
-        raise MissingError(
-            "no prebuilt wheel fits this machine",
-            evidence="\n".join(reasons) or f"{request.index} has no wheel of llama-cpp-python",
-            hint="`./inv build` compiles one (`--or-build` does so whenever none fits), or name another --index",
-        )
     failed: list[FoundryError] = []
     for verdict in fitting[:MOST_TRIED]:
         try:
@@ -109,7 +115,6 @@ def install_prebuilt(request: PrebuiltRequest) -> Installed:
         except ArtifactError as error:
             failed.append(error)
             console.warn(f"{verdict.offer.filename}: {error.message}")
-            console.say("\n".join(f"  {line}" for line in error.evidence.splitlines()[-6:]))
     raise failed[0]
 
 

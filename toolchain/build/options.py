@@ -105,11 +105,7 @@ def choose_options(
     places: dict[str, str] = {}
     if cuda and cuda.toolkit:
         defines |= _cuda_defines(cuda, cuda.toolkit, known)
-        places = {
-            "CMAKE_CUDA_COMPILER": str(cuda.toolkit.nvcc),
-            "CMAKE_CUDA_HOST_COMPILER": str(cuda.host.path),
-            "CUDAToolkit_ROOT": str(cuda.toolkit.root),
-        }
+        places = _cuda_places(cuda, cuda.toolkit)
         if driver_stub:
             places["CUDA_cuda_driver_LIBRARY"] = str(driver_stub / "libcuda.so")
     notes: list[str] = []
@@ -119,6 +115,8 @@ def choose_options(
         if name != typed:
             notes.append(f"{typed} is {name} in {tree.pin}")
         defines[name] = value
+    for name in places:
+        defines.pop(name, None)
     return BuildOptions(defines=tuple(sorted(defines.items())), places=tuple(places.items()), notes=tuple(notes))
 
 
@@ -151,21 +149,29 @@ def _in_tree(name: str, known: frozenset[str], tree: SourceTree, asked_by: str =
 
 
 def _cuda_defines(cuda: CudaChoice, toolkit: Toolkit, known: frozenset[str]) -> dict[str, str]:
-    """What the solver's choice means for cmake.
-
-    Programs and wheel find cuBLAS where it lay while linking, and elsewhere in NVIDIA's wheels, which the wheel
-    names as its needs; their folder is reached from llama_cpp/lib as torch's libraries reach it.
-    """
-    wheels = [f"{ORIGIN}/../../{folder}" for folder in wheel_folders(toolkit.release[0])]
-    defines = {
-        "CMAKE_CUDA_ARCHITECTURES": ";".join(cuda.archs),
-        "CMAKE_INSTALL_RPATH": ";".join((CMAKE_DEFAULTS["CMAKE_INSTALL_RPATH"], *wheels)),
-        "CMAKE_INSTALL_RPATH_USE_LINK_PATH": "ON",
-    }
+    """What the solver's choice means for cmake."""
+    defines = {"CMAKE_CUDA_ARCHITECTURES": ";".join(cuda.archs)}
     if not toolkit.driver_stub and "GGML_CUDA_NO_VMM" in known:
         # without libcuda to link with, ggml's pool of virtual memory is left out and its older pool is used
         defines["GGML_CUDA_NO_VMM"] = "ON"
     return defines
+
+
+def _cuda_places(cuda: CudaChoice, toolkit: Toolkit) -> dict[str, str]:
+    """Where cmake, the linker and later the loader find the toolkit.
+
+    cmake takes a toolkit's library folder for one that every loader knows, which is true of few. So its place is
+    named; before it stands the folder of NVIDIA's wheels, which our wheel names as its needs, reached from
+    llama_cpp/lib as torch's libraries reach it.
+    """
+    wheels = [f"{ORIGIN}/../../{folder}" for folder in wheel_folders(toolkit.release[0])]
+    return {
+        "CMAKE_BUILD_RPATH": str(toolkit.lib_dir),
+        "CMAKE_CUDA_COMPILER": str(toolkit.nvcc),
+        "CMAKE_CUDA_HOST_COMPILER": str(cuda.host.path),
+        "CMAKE_INSTALL_RPATH": ";".join((CMAKE_DEFAULTS["CMAKE_INSTALL_RPATH"], *wheels, str(toolkit.lib_dir))),
+        "CUDAToolkit_ROOT": str(toolkit.root),
+    }
 
 
 def tree_options(llama: Path) -> frozenset[str]:

@@ -47,11 +47,6 @@ class SourceTree:
     commit: str
 
     @property
-    def include_dirs(self) -> tuple[Path, ...]:
-        """Where this tree and those of before mid-2024 keep their public headers."""
-        return tuple(self.llama / name for name in ("include", "ggml/include", "tools/mtmd", ""))
-
-    @property
     def short_commit(self) -> str:
         """Seven digits, of llama.cpp's commit or, where that is not known, of the content's digest."""
         return self.commit.rpartition("-")[2][:7]

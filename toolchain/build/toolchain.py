@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from toolchain.base import files
 from toolchain.base.errors import UsageError
 
 Kind = Literal["llama", "trainer"]
 """llama.cpp with its wheel, or the trainer of 2023 beside it."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,9 @@ def load(toolchain_id: str) -> Toolchain | None:
     if not isinstance(noted, dict):
         return None
     try:
-        lists = {key: tuple(noted.get(key, ())) for key in ("variants", "backends", "architectures", "options", "compilers")}
+        lists = {
+            key: tuple(noted.get(key, ())) for key in ("variants", "backends", "architectures", "options", "compilers")
+        }
         return Toolchain(**{**noted, **lists, "root": root})
     except (KeyError, TypeError):
         return None

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from toolchain.base import console, files
 from toolchain.base.errors import MissingError, UsageError
+from toolchain.base.machine import probe
 from toolchain.build import bindings, doctor, toolchain
 from toolchain.build.compile import Built, build
 from toolchain.build.configure import BuildRequest, configure
-from toolchain.build.install_prebuilt import Installed, PrebuiltRequest, install_prebuilt
+from toolchain.build.install_prebuilt import Installed, PrebuiltRequest, choose_wheels, install_prebuilt
 from toolchain.build.options import parse_define
-from toolchain.build.toolchain import Toolchain
+from toolchain.build.toolchain import KINDS, Toolchain
 from toolchain.build.variants import OLD_NAMES
 
 
@@ -55,6 +56,11 @@ def request(
     )
 
 
+def chosen_variants(*, blas: str | None, **flags: bool) -> tuple[str, ...]:
+    """Names of the variants whose flags were typed."""
+    return (*(name for name, on in flags.items() if on), *((blas,) if blas else ()))
+
+
 def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quiet: bool = False) -> Toolchain:
     """Build (or find), make current, install the bindings where they are not, report."""
     with files.home_in_use():
@@ -86,6 +92,19 @@ def prebuilt(asked: PrebuiltRequest, *, otherwise: BuildRequest | None, as_json:
         console.answer_json(_prebuilt_json(installed))
     elif installed:
         console.answer(f"llama_cpp {installed.proof.version} is installed from {installed.wheel.name}")
+
+
+def show_prebuilt(asked: PrebuiltRequest, *, as_json: bool) -> None:
+    """``inv build --prebuilt --dry-run``: which wheels fit and why the others do not; nothing is fetched."""
+    fitting, reasons = choose_wheels(asked, probe())
+    if as_json:
+        wheels = [{"wheel": one.offer.shown, "note": one.note} for one in fitting]
+        console.answer_json({"fitting": wheels, "rejected": reasons})
+        return
+    for one in fitting:
+        console.answer(f"fits      {one.offer.shown}{f' ({one.note})' if one.note else ''}")
+    for line in reasons:
+        console.answer(f"rejected  {line}")
 
 
 def activate(chosen: Toolchain) -> None:
@@ -142,8 +161,8 @@ def examine(*, as_json: bool) -> int:
     return next((finding.exit_code for finding in findings if finding.state == "bad"), 0)
 
 
-def clean(*, toolchains: bool, everything: bool) -> None:
-    """Delete work and logs; also other toolchains, or all that can be made again, when asked."""
+def clean(*, unused: bool, used: bool, everything: bool) -> None:
+    """Delete work and logs; also toolchains that are not in use, those in use, or all that can be made again."""
     home = files.foundry_home()
     names = ("work", "logs") if not everything else ("work", "logs", "sources", "hub", "tune", "toolchains")
     with files.home_alone() as alone:
@@ -152,11 +171,10 @@ def clean(*, toolchains: bool, everything: bool) -> None:
         before = files.tree_bytes(home)
         for name in names:
             files.remove(home / name, within=home)
-        kept = {found.id for kind in ("llama", "trainer") if (found := toolchain.current(kind))}
-        if toolchains and not everything and kept:
-            for other in (home / "toolchains").iterdir():
-                if other.name not in kept and not other.is_symlink():
-                    files.remove(other, within=home)
+        in_use = {found.id for kind in KINDS if (found := toolchain.current(kind))}
+        for folder in (home / "toolchains").glob("*"):
+            if not folder.is_symlink() and (used if folder.name in in_use else unused):
+                files.remove(folder, within=home)
         freed = before - files.tree_bytes(home)
     console.answer(f"{console.format_bytes(freed)} freed in {home}")
 

@@ -1,0 +1,95 @@
+"""How often llama.cpp is compiled for tools and bindings together, and what a rebuild costs with ccache.
+
+    .venv/bin/python tests/benchmarks/one_native_build.py
+
+Counts the translation units that `inv build` really compiles (through wrappers around cc and c++), and those that
+bare cmake would compile for the tools alone with the same options (from ninja's own list). Then `inv clean
+--toolchain` and the same build again, from a cache of its own that the first build filled. Needs ccache. Nothing
+else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+WRAPPER = """#!/bin/sh
+for argument; do [ "$argument" = -c ] && echo "$*" >>"{log}" && break; done
+exec {real} "$@"
+"""
+
+
+def main() -> int:
+    if not shutil.which("ccache"):
+        sys.exit("ccache is not installed: apt-get install ccache")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        log = place / "compiled"
+        for name in ("cc", "c++"):
+            wrapper = place / name
+            wrapper.write_text(WRAPPER.format(log=log, real=shutil.which(name)))
+            wrapper.chmod(0o755)
+        environment = {
+            **os.environ,
+            "CC": str(place / "cc"),
+            "CXX": str(place / "c++"),
+            "FOUNDRY_HOME": str(place / "home"),
+            "CCACHE_DIR": str(place / "ccache"),
+        }
+        os.environ.update(environment)
+        tools = planned(place / "bare")
+        cold = timed("build", "--no-use")
+        compiled = count(log)
+        timed("clean", "--toolchain")
+        warm = timed("build", "--no-use")
+        answer = {
+            "units_for_the_tools_alone": tools,
+            "units_for_tools_and_bindings": compiled,
+            "ratio": round(compiled / tools, 4),
+            "units_in_the_warm_rebuild": count(log) - compiled,
+            "cold_s": round(cold, 1),
+            "warm_s": round(warm, 1),
+            "warm_share": round(warm / cold, 4),
+        }
+    print(json.dumps(answer, indent=2))
+    return 0
+
+
+def planned(build: Path) -> int:
+    """Translation units that ninja would compile for the same configuration without bindings."""
+    from toolchain.build import cmake
+    from toolchain.build.configure import BuildRequest, configure
+
+    configuration = configure(BuildRequest())
+    program, ninja = cmake.find_tool("cmake"), cmake.find_tool("ninja")
+    argv = cmake.configure_argv(
+        cmake=program, ninja=ninja, source=configuration.tree.llama, build=build,
+        options=configuration.options, c=configuration.c, cxx=configuration.cxx,
+    )  # fmt: skip
+    subprocess.run(argv, check=True, capture_output=True)
+    listed = subprocess.run([ninja, "-C", build, "-t", "commands"], check=True, capture_output=True, text=True)
+    return sum(" -c " in line for line in listed.stdout.splitlines())
+
+
+def count(log: Path) -> int:
+    """Units of llama.cpp among what was compiled: cmake's own checks and the ABI probe are not."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return sum("vendor/llama.cpp" in line for line in lines)
+
+
+def timed(*arguments: str) -> float:
+    started = time.monotonic()
+    subprocess.run([sys.executable, "tasks.py", *arguments], cwd=ROOT, check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
