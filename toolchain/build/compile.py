@@ -11,6 +11,7 @@ from toolchain.base import command, console, files
 from toolchain.base.errors import CommandError
 from toolchain.build import bindings, cmake, legacy, proof, toolchain
 from toolchain.build.configure import BuildRequest, Configuration, compilers_of, configure
+from toolchain.build.fatbin import DeviceCode
 from toolchain.build.solve import disk_bytes
 from toolchain.build.toolchain import Toolchain
 from toolchain.build.webui import Page, build_page, hand_over, prove_page
@@ -130,7 +131,7 @@ def _make_llama(job: _Job) -> Toolchain:
         what="installing llama.cpp",
         log=job.log,
     )
-    codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
+    codes = _cuda_code(job)
     if page:
         with console.step("prove the web page"):
             prove_page(job.into / "bin" / "llama-server", page, log=job.page_log)
@@ -169,8 +170,8 @@ def _make_trainer(job: _Job) -> Toolchain:
     configuration = job.configuration
     job.configure_and_compile(targets=legacy.TRAINER_PROGRAMS)
     legacy.install_programs(job.build_dir, job.into)
+    codes = _cuda_code(job)
     with console.step("prove the trainer") as step:
-        codes = proof.prove_cuda(job.into, configuration.cuda) if configuration.cuda else ()
         found = legacy.prove_trainer(job.into / "bin", env=_without_driver(configuration))
         told = " → ".join(f"{loss:.2f}" for loss in found.losses)
         step.note = (
@@ -182,6 +183,16 @@ def _make_trainer(job: _Job) -> Toolchain:
         architectures=proof.architecture_names(codes),
         reason=step.note,
     )
+
+
+def _cuda_code(job: _Job) -> tuple[DeviceCode, ...]:
+    """The device code that was built, proven to be what was asked for; empty without CUDA."""
+    if job.configuration.cuda is None:
+        return ()
+    with console.step("list the CUDA code") as step:
+        codes = proof.prove_cuda(job.into, job.configuration.cuda)
+        step.note = ", ".join(proof.architecture_names(codes))
+    return codes
 
 
 def _plain(configuration: Configuration) -> Toolchain:
