@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.front_door import ROOT, inv, inv_json
+from toolchain.base import files
 from toolchain.build.toolchain import Toolchain, current, load
 
 # A shell starts background jobs deaf to SIGINT, and children inherit that; the tests interrupt theirs.
@@ -60,6 +61,17 @@ def demo_full(demo: dict[str, Any], toolchain: Toolchain) -> Path:
     recipe = load_recipe(path)
     plan = make_plan(recipe, recipe_path=path, source=describe_source(recipe, path.parent), toolchain=toolchain)
     return plan.step("convert").output
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty FOUNDRY_HOME that borrows the fetched sources of the real one (they are read only)."""
+    sources = files.home_dir("sources")
+    path = tmp_path / "home"
+    path.mkdir()
+    (path / "sources").symlink_to(sources)
+    monkeypatch.setenv("FOUNDRY_HOME", str(path))
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,19 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty FOUNDRY_HOME that borrows the fetched sources (among them cuBLAS) of the real one."""
-    from toolchain.base import files
-
-    sources = files.home_dir("sources")
-    path = tmp_path / "home"
-    path.mkdir()
-    (path / "sources").symlink_to(sources)
-    monkeypatch.setenv("FOUNDRY_HOME", str(path))
-    return path
-
-
 def test_a_dry_run_explains_the_choice(built: object, home: Path, tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", cuda="asked")
     told = inv_json("build", "--cuda-arch", "90", "--source", f"path:{tree}", "--dry-run")

@@ -5,6 +5,7 @@ Other GPUs (Metal, Vulkan, HIP) are found by llama.cpp itself; only CUDA has to 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[Gpu, ...]:
 
 
 def _ask_nvml() -> tuple[tuple[Gpu, ...], Driver] | None:
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:  # no driver: the 20 ms of importing the bindings are saved
+        return None
     import pynvml
 
     try:
