@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
 
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import FetchError, FoundryError
@@ -15,11 +18,20 @@ if TYPE_CHECKING:
     from unearth import Link, PackageFinder
 
 
-def package_finder(*, source_of: Sequence[str] = ()) -> PackageFinder:
-    """A finder over pip's configured indexes; for the names in ``source_of`` it wants source archives only."""
+def package_finder(*, source_of: Sequence[str] = (), wheel_of: Sequence[str] = ()) -> PackageFinder:
+    """A finder over pip's configured indexes; for the names in ``source_of`` it wants source archives only, for
+    those in ``wheel_of`` wheels that fit this machine only.
+    """
     from unearth import PackageFinder
 
-    return PackageFinder(index_urls=_index_urls(), no_binary=[*source_of], ignore_compatibility=bool(source_of))
+    urls = _index_urls()
+    return PackageFinder(
+        session=_open_session(urls),
+        index_urls=urls,
+        no_binary=[*source_of],
+        only_binary=[*wheel_of],
+        ignore_compatibility=bool(source_of),
+    )
 
 
 def best_link(finder: PackageFinder, requirement: str, *, what: str) -> Link:
@@ -76,6 +88,38 @@ def wrong_hash(name: str, *, expected: str, found: str) -> FetchError:
         evidence=f"expected sha256 {expected}\nfound    sha256 {found}",
         hint="the file was changed or the download damaged: try again, and if it stays so, do not use that index",
     )
+
+
+def _open_session(index_urls: Sequence[str]) -> Any:
+    """The client that a finder opens by itself, which also follows redirects: mirrors keep files elsewhere."""
+    from unearth.auth import MultiDomainBasicAuth
+    from unearth.fetchers.sync import PyPIClient
+
+    session = PyPIClient(
+        auth=MultiDomainBasicAuth(index_urls=index_urls),
+        follow_redirects=True,
+        event_hooks={"response": [_require_safe_redirect]},
+    )
+    atexit.register(session.close)
+    return session
+
+
+def _require_safe_redirect(response: Any) -> None:
+    """Raise FetchError for a redirect to a connection that others can answer, or to a file of this machine."""
+    if not response.has_redirect_location:
+        return
+    target = urlsplit(urljoin(str(response.url), response.headers["location"]))
+    host = target.hostname or ""
+    try:
+        ours = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        ours = False
+    if not (target.scheme == "https" or (target.scheme == "http" and ours)):
+        raise FetchError(
+            f"the package index redirects to a connection that is not encrypted: {host or target.scheme}",
+            evidence=f"{response.url.copy_with(query=None)} -> {target.scheme}://{host}",
+            hint="use another index (`pip config list` shows which are configured)",
+        )
 
 
 def _index_urls() -> list[str]:

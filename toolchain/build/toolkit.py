@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.base import command, files
-from toolchain.base.errors import MissingError
+from toolchain.base import command, console, files
+from toolchain.base.errors import CommandError, FoundryError, MissingError
 from toolchain.build.cuda_facts import Release, known_architectures, newest_compiler
 
 NAMED = ("--cuda-toolkit", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
@@ -52,9 +52,11 @@ def find_toolkits(root: Path = Path("/"), *, named: str | None = None) -> tuple[
     """The toolkits of this machine, the one that the user named first.
 
     Looked for in ``named`` (a folder), CUDACXX, CUDA_HOME and CUDA_PATH, nvcc on PATH, /usr/local/cuda* and
-    /opt/cuda. A named one that is not there is a MissingError: the user meant it.
+    /opt/cuda. A named one that is not there is a MissingError, and one that cannot be asked its own error: the
+    user meant it. Of the others, one that cannot be asked is passed over with a warning where there is another.
     """
     found: dict[Path, Toolkit] = {}
+    broken: dict[Path, FoundryError] = {}
     for where, nvcc in _candidates(root, named):
         if not nvcc.is_file():
             if where in NAMED:
@@ -64,8 +66,18 @@ def find_toolkits(root: Path = Path("/"), *, named: str | None = None) -> tuple[
                     hint=f"correct {where}, or unset it to have the toolkits of this machine found",
                 )
             continue
-        toolkit = ask(nvcc, where)
+        try:
+            toolkit = ask(nvcc, where)
+        except FoundryError as error:
+            if where in NAMED:
+                raise
+            broken[nvcc.resolve()] = error
+            continue
         found.setdefault(toolkit.root.resolve(), toolkit)
+    for fault in broken.values():
+        if not found:
+            raise fault
+        console.warn(f"{fault.message}: passed over")
     return tuple(found.values())
 
 
@@ -87,11 +99,15 @@ def _by_version(folder: Path) -> tuple[int, ...]:
 
 
 def ask(nvcc: Path, found_by: str) -> Toolkit:
-    """The toolkit around ``nvcc``: what nvcc says of itself, remembered by its file, and what lies there."""
+    """The toolkit around ``nvcc``: what nvcc says of itself, remembered by its file, and what lies there.
+
+    Raises CommandError when nvcc cannot be run, MissingError when it is none.
+    """
     version, archs, root = _said(nvcc)
     release = (int(version.split(".")[0]), int(version.split(".")[1]))
     includes = [root / "include", *root.glob("targets/*/include")]
-    libraries = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
+    # Debian's own packages spread the toolkit over /usr
+    libraries = [root / "lib64", root / "lib", *root.glob("targets/*/lib"), *root.glob("lib/*-linux-gnu")]
     gcc, clang = _host_limits(includes)
     return Toolkit(
         root=root,
@@ -108,27 +124,54 @@ def ask(nvcc: Path, found_by: str) -> Toolkit:
 
 def _said(nvcc: Path) -> tuple[str, frozenset[str], Path]:
     """(version, architectures, root): three questions to nvcc, asked again only when its file has changed."""
-    stat = nvcc.resolve().stat()
-    seen = ["nvcc", str(nvcc), str(nvcc.resolve()), stat.st_size, stat.st_mtime_ns]
-    note = files.home_dir("work") / "compilers" / f"{files.digest(seen)[:32]}.json"
+    note = files.home_dir("work") / "compilers" / f"{files.sha256_text(f'nvcc {nvcc}')[:32]}.json"
     match files.read_json(note):
-        case {"version": str(version), "archs": [*archs], "root": str(root)}:
-            return version, frozenset(map(str, archs)), Path(root)
-    about = command.capture([nvcc, "--version"], what="asking nvcc's version")
-    listed = command.capture([nvcc, "--list-gpu-arch"], what="asking nvcc's architectures")
-    shown = command.capture([nvcc, "--dryrun", "-x", "cu", "/dev/null"], what="asking nvcc's folder")
-    found = re.search(r"\bV(\d+\.\d+\.\d+)", about)
-    if found is None:
-        raise MissingError(f"{nvcc} does not tell its version", evidence=about, hint="install CUDA 11 or newer")
-    # nvcc may be a wrapper or a link: the folder that it takes for its toolkit counts
+        case {"seen": seen, "version": str(known), "archs": [*listed], "root": str(top)}:
+            if seen == _seen(nvcc, Path(top)):
+                return known, frozenset(map(str, listed)), Path(top)
+    version, archs, root = _version(nvcc), _architectures(nvcc), _root(nvcc)
+    said = {"seen": _seen(nvcc, root), "version": version, "archs": sorted(archs), "root": str(root)}
+    files.write_json(note, {"nvcc": str(nvcc), **said})
+    return version, archs, root
+
+
+def _seen(nvcc: Path, root: Path) -> list[list[object]]:
+    """What tells whether nvcc has changed: its own file and, behind a wrapper, that of the toolkit."""
+    resolved = [path.resolve() for path in (nvcc, root / "bin" / "nvcc") if path.exists()]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in resolved]
+
+
+def _version(nvcc: Path) -> str:
+    """``13.0.88``; MissingError when ``nvcc`` does not speak like one."""
+    about = command.capture([nvcc, "--version"], what="asking nvcc's version", hint=_instead(nvcc))
+    if found := re.search(r"\bV(\d+\.\d+\.\d+)", about):
+        return found[1]
+    raise MissingError(f"{nvcc} does not tell its version", evidence=about, hint=_instead(nvcc))
+
+
+def _architectures(nvcc: Path) -> frozenset[str]:
+    """The compute capabilities that ``nvcc`` lists; none when it is older than the question (CUDA 11.0)."""
+    try:
+        listed = command.capture([nvcc, "--list-gpu-arch"], what="asking nvcc's architectures")
+    except CommandError:
+        return frozenset()
+    return frozenset(re.findall(r"\bcompute_(\d+)\b", listed))
+
+
+def _root(nvcc: Path) -> Path:
+    """The toolkit's folder. ``nvcc`` may be a wrapper or a link: what it takes for its toolkit counts.
+
+    conda's and some distributions' nvcc name a folder of targets/ there, Debian's names none.
+    """
+    argv = (nvcc, "--dryrun", "-x", "cu", "/dev/null")
+    shown = command.capture(argv, what="asking nvcc's folder", hint="nvcc needs gcc on PATH: apt-get install g++")
     top = re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE)
-    said = {
-        "version": found[1],
-        "archs": re.findall(r"compute_(\d+)\b", listed),
-        "root": os.path.normpath(top[1].strip()) if top else str(nvcc.parent.parent),
-    }
-    files.write_json(note, said)
-    return str(said["version"]), frozenset(said["archs"]), Path(str(said["root"]))
+    named = Path(os.path.normpath(top[1].strip())) if top else nvcc.parent.parent
+    return next((root for root in (named, *named.parents[:2]) if (root / "bin" / "nvcc").is_file()), nvcc.parent.parent)
+
+
+def _instead(nvcc: Path) -> str:
+    return f"mend {nvcc} or take it away, or name another toolkit: --cuda-toolkit DIR, or --cuda-toolkit index"
 
 
 def _host_limits(includes: list[Path]) -> tuple[int, int]:
