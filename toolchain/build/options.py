@@ -108,6 +108,7 @@ def choose_options(
         places = _cuda_places(cuda, cuda.toolkit)
         if driver_stub:
             places["CUDA_cuda_driver_LIBRARY"] = str(driver_stub / "libcuda.so")
+            places["CMAKE_BUILD_RPATH"] += f";{driver_stub / 'run'}"
     notes: list[str] = []
     for item in asked:
         typed, value = parse_define(item)

@@ -47,7 +47,7 @@ def main() -> int:
         "commit": commit(),
         "backends": backends(),
         "library": loaded_library("libllama."),
-        "devices": sorted({name for name in re.findall(r"using device (\S+)", log)}),
+        "devices": sorted(set(re.findall(r"using device (\S+)", log))),
         "layers": [int(count) for count in offloaded[-1]] if offloaded else [0, 0],
         "told": [line for line in log.splitlines() if re.search(r"error|fail|CUDA|driver|device", line, re.I)][:12],
     }
