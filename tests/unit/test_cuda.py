@@ -210,6 +210,12 @@ def test_what_must_be_embedded_follows_from_the_architectures() -> None:
     assert wanted == {("sass", "86"), ("ptx", "86"), ("sass", "89"), ("ptx", "90")}
 
 
+def test_there_is_no_cuda_on_a_mac() -> None:
+    with pytest.raises(MissingError, match="no CUDA for Darwin") as caught:
+        choose_cuda(toolkits=[], compilers=compilers("clang-17"), machine=machine(system="Darwin"))
+    assert "Metal" in caught.value.hint
+
+
 def test_the_index_toolkit_refuses_compilers_that_it_does_not_take() -> None:
     with pytest.raises(MissingError) as caught:
         from_index(compilers=compilers("gcc-16"), machine=machine(), asked=("90",))

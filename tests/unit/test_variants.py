@@ -115,6 +115,8 @@ def test_a_slip_is_answered_with_what_was_meant() -> None:
         (Need(program="no-such-program", install="apt-get install it"), False),
         (Need(header="stdio.h", install="x"), True),
         (Need(header="vector.hpp.none", install="apt-get install it"), False),
+        (Need(header="limits.h", macro="INT_MAX", install="x"), True),
+        (Need(header="limits.h", macro="TOO_NEW", install="apt-get install it"), False),
     ],
 )
 def test_a_missing_need_says_what_to_install(need: Need, there: bool) -> None:

@@ -37,6 +37,7 @@ def build(request: BuildRequest) -> Built:
     started = time.monotonic()
     configuration = configure(request)
     if found := toolchain.load(configuration.id):
+        found = _proven_here(found, configuration)
         return Built(toolchain=found, reused=True, seconds=time.monotonic() - started)
     lock = files.home_dir("toolchains") / f".{configuration.id}.lock"
     with files.locked(lock, lambda pid: console.say(f"waiting for process {pid}, which builds the same")):
@@ -183,6 +184,21 @@ def _make_trainer(job: _Job) -> Toolchain:
         architectures=proof.architecture_names(codes),
         reason=step.note,
     )
+
+
+def _proven_here(found: Toolchain, configuration: Configuration) -> Toolchain:
+    """``found``, and where a GPU is visible now that was not when it was built, with the proof that it runs there."""
+    gpus = configuration.machine.gpus
+    if found.kind != "llama" or not found.architectures or not gpus or found.executed is not None:
+        return found
+    with console.step(f"prove the build on {gpus[0]}") as step:
+        codes = proof.embedded(found.root)
+        proven = proof.prove_wheel(found.wheel, commit=found.short_commit)
+        executed, reason = proof.judge_execution(proven, codes, gpus)
+        step.note = reason
+    found = replace(found, executed=executed, reason=reason)
+    toolchain.save(found, found.root)
+    return found
 
 
 def _cuda_code(job: _Job) -> tuple[DeviceCode, ...]:

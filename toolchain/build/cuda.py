@@ -55,6 +55,11 @@ def choose_cuda(
     and without any the portable set. Raises MissingError with each toolkit's reason and what to install,
     UsageError for what is no architecture, ArtifactError when a visible GPU could not be served.
     """
+    if machine.system != "Linux":
+        raise MissingError(
+            f"there is no CUDA for {machine.system}",
+            hint="leave --cuda out: on a Mac llama.cpp uses the GPU through Metal by itself",
+        )
     wanted, origin = _wanted(asked, machine.gpus)
     named = [toolkit for toolkit in toolkits if toolkit.found_by in NAMED][:1]
     candidates = named or sorted(toolkits, key=lambda toolkit: toolkit.release, reverse=True)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolchain.base import command
+from toolchain.base import command, files
 from toolchain.base.errors import CommandError, MissingError, UsageError
 from toolchain.base.machine import Compiler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Something that must be on the machine: a program on PATH, or a header that the compiler finds."""
+    """Something that must be on the machine: a program on PATH, or a header that the compiler finds and, where that
+    says that it is new enough, the ``macro`` that it defines.
+    """
 
     install: str
     program: str = ""
     header: str = ""
+    macro: str = ""
     pkg_config: str = ""
 
 
@@ -78,7 +82,12 @@ VARIANTS: Mapping[str, Variant] = {
             defines={"GGML_VULKAN": "ON"},
             needs=(
                 Need(program="glslc", install="apt-get install glslc (or the Vulkan SDK)"),
-                Need(header="vulkan/vulkan.hpp", install="apt-get install libvulkan-dev"),
+                Need(header="vulkan/vulkan.hpp", install="apt-get install libvulkan-dev (or the Vulkan SDK)"),
+                Need(
+                    header="vulkan/vulkan.h",
+                    macro="VK_EXT_layer_settings",
+                    install="install Vulkan headers of 1.3.272 or newer (the Vulkan SDK, or Debian 13's)",
+                ),
                 Need(header="spirv/unified1/spirv.hpp", install="apt-get install spirv-headers"),
             ),
             backend="Vulkan",
@@ -180,8 +189,9 @@ def require_needs(variants: Sequence[Variant], compiler: Compiler) -> None:
         for need in variant.needs:
             if not _is_there(need, compiler):
                 raise MissingError(
-                    f"{variant.flag} needs {need.program or need.header}, which is not on this machine",
-                    evidence="looked on PATH" if need.program else f"{compiler.path} does not find that header",
+                    f"{variant.flag} needs {need.program or need.header}{' with ' * bool(need.macro)}{need.macro}, "
+                    "which is not on this machine",
+                    evidence="looked on PATH" if need.program else f"{compiler.path} does not find it",
                     hint=need.install,
                 )
 
@@ -189,10 +199,13 @@ def require_needs(variants: Sequence[Variant], compiler: Compiler) -> None:
 def _is_there(need: Need, compiler: Compiler) -> bool:
     if need.program:
         return shutil.which(need.program) is not None
-    language = "c++" if need.header.endswith("pp") else "c"
-    probe: list[str | Path] = [compiler.path, "-fsyntax-only", "-include", need.header, "-x", language, "/dev/null"]
-    if _succeeds(probe):
-        return True
+    with tempfile.TemporaryDirectory(dir=files.home_dir("work"), prefix="need-") as scratch:
+        source = Path(scratch) / "need.cpp"
+        source.write_text(
+            f"#include <{need.header}>\n#if {'!defined ' + need.macro if need.macro else 0}\n#error\n#endif\n"
+        )
+        if _succeeds([compiler.path, "-fsyntax-only", source]):
+            return True
     return bool(need.pkg_config and shutil.which("pkg-config")) and _succeeds(
         ["pkg-config", "--exists", need.pkg_config]
     )
