@@ -124,7 +124,16 @@ def build(
         update=update,
     )
     if prebuilt:
-        wheel = parse_request(index=index, source=source, variants=request.variants, sha256=sha256)
+        typed = {"--define": bool(define), "--cuda-arch": bool(cuda_arch), "--cuda-toolkit": bool(cuda_toolkit)}
+        typed |= {"--jobs": bool(jobs), "--update": update, "--legacy-finetune": legacy_finetune}
+        refused = [name for name, there in typed.items() if there and not or_build]
+        wheel = parse_request(
+            index=index,
+            source=source,
+            variants=variants if or_build else request.variants,
+            sha256=sha256,
+            only_for_builds=[*refused, *(["--no-use"] if no_use else [])],
+        )
         if dry_run:
             verbs.show_prebuilt(wheel, as_json=json)
         else:

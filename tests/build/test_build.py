@@ -18,7 +18,11 @@ import pytest
 
 from tests.front_door import LONG_S, ROOT, environment, inv, inv_argv, inv_json, json_without_processes, leftovers
 from toolchain.base import files
+from toolchain.build.options import tree_options
+from toolchain.build.pin import DEFAULT_PIN, parse_pin
+from toolchain.build.source import fetch_source
 from toolchain.build.toolchain import Toolchain, list_ids, load
+from toolchain.build.variants import VARIANTS, spelled
 
 IMPORT = """
 import json, llama_cpp, psutil
@@ -147,6 +151,13 @@ def test_a_portable_wheel_loads_the_best_variant_for_this_cpu(built: dict[str, A
     )
     mapped = {Path(path).name for path in json.loads(done.stdout.splitlines()[-1])["maps"]}
     assert len(mapped & variants) == 1
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_every_variant_is_made_of_options_of_the_pinned_tree(built: dict[str, Any], name: str) -> None:
+    known = tree_options(fetch_source(parse_pin(DEFAULT_PIN)).llama)
+    options = [option for option in VARIANTS[name].defines if not option.startswith("CMAKE_")]
+    assert [spelled(option, known) for option in options] == options
 
 
 def test_use_switches_there_and_back(built: dict[str, Any], toolchain: Toolchain) -> None:

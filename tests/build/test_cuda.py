@@ -20,6 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked here is asked as on a machine without a GPU, wherever the tests run."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def test_a_dry_run_explains_the_choice(built: object, home: Path, tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", cuda="asked")
     told = inv_json("build", "--cuda-arch", "90", "--source", f"path:{tree}", "--dry-run")
@@ -57,6 +63,38 @@ def test_the_cuda_option_of_other_years_is_understood(built: object, home: Path,
     )
     told = inv_json("build", "--define", "GGML_CUDA=ON", "--cuda-arch", "90", "--source", f"path:{tree}", "--dry-run")
     assert "-DLLAMA_CUBLAS=ON" in told["options"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--cuda", "--define", "GGML_CUDA=OFF"), "--define GGML_CUDA=OFF contradicts --cuda"),
+        (("--cuda", "--define", "NONSENSE=1"), "has no option NONSENSE"),
+        (("--cuda-arch", "banana"), "not a CUDA architecture"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_fetched(
+    built: object, home: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (home / "sources").unlink()
+    tree = write_tree(tmp_path / "tree", cuda="asked")
+    done = inv("build", *arguments, "--source", f"path:{tree}", env={"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+
+
+def test_a_dry_run_fetches_nothing(built: object, home: Path, tmp_path: Path) -> None:
+    (home / "sources").unlink()
+    tree = write_tree(tmp_path / "tree", cuda="asked")
+    env = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    told = inv_json("build", "--cuda", "--cuda-arch", "86", "--source", f"path:{tree}", "--dry-run", env=env)
+    assert told["disk_bytes"] > 1 << 29
+
+
+def test_architectures_given_to_cmake_reach_the_solver(built: object, home: Path, tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", cuda="asked")
+    told = inv_json("build", "--define", "CMAKE_CUDA_ARCHITECTURES=86", "--source", f"path:{tree}", "--dry-run")
+    assert any("architectures 86: asked for" in line for line in told["cuda"])
 
 
 def test_a_named_toolkit_that_is_not_there_is_refused(built: object, home: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,57 @@ def test_a_wheel_whose_library_lacks_the_gpus_architecture_is_refused(python: Pa
     assert "it carries sm_75, sm_90" in told(done)
 
 
+def test_a_cpu_wheel_in_a_cuda_folder_is_refused(python: Path, own_wheel: Wheel, tmp_path: Path) -> None:
+    """The wheel that silently runs on the CPU: it computes, and is not what its place promises."""
+    env = write_nvml(tmp_path, [RTX_3060], driver="550.54.14", cuda=(12, 4))
+    body = own_wheel[1]
+    with serve(own_layout({"cu124": [(f"llama_cpp_python-0.3.36-{ANY_LINUX}.whl", body)]})) as index:
+        done = prebuilt(python, "--index", f"{index.url}/whl", env=env)
+    assert done.returncode == 6, done.stderr
+    assert "was promised, but the library has no CUDA backend" in told(done)
+
+
+def test_another_wheel_of_the_same_name_is_installed_anew(python: Path, own_wheel: Wheel) -> None:
+    """llama-cpp-python's index has the same file names in its folders cpu and cu124."""
+    name = f"llama_cpp_python-0.3.36-{ANY_LINUX}.whl"
+    other = repacked(own_wheel[1], {"llama_cpp/marker.txt": b"the second"})
+    for body in (own_wheel[1], other):
+        with serve(own_layout({"cpu": [(name, body)]}, hashes=True)) as index:
+            answer(prebuilt(python, "--index", f"{index.url}/whl", "--json"))
+    assert list(python.parent.parent.glob("lib/python3*/site-packages/llama_cpp/marker.txt"))
+
+
+def repacked(wheel: bytes, extra: dict[str, bytes]) -> bytes:
+    """The wheel with more files, listed as they must be."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(wheel)) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            body = old.read(member)
+            if member.filename.endswith("RECORD"):
+                body += "".join(f"{name},,\n" for name in extra).encode()
+            new.writestr(member, body)
+        for name, content in extra.items():
+            new.writestr(name, content)
+    return packed.getvalue()
+
+
+def test_a_prebuilt_wheel_is_healthy_and_a_recipe_leaves_it_alone(
+    python: Path, toolchain: Toolchain, own_wheel: Wheel
+) -> None:
+    with serve(own_layout({"cpu": [own_wheel]}, hashes=True)) as index:
+        answer(prebuilt(python, "--index", f"{index.url}/whl", "--json"))
+    env = environment({"CUDA_VISIBLE_DEVICES": ""})
+    doctor = subprocess.run(
+        [python, "tasks.py", "doctor"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert doctor.returncode == 0, doctor.stdout
+    assert "a prebuilt wheel" in doctor.stdout
+    program = "from toolchain.build import verbs; print(verbs.ensure_current().id)"
+    done = subprocess.run([python, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == toolchain.id
+    assert "install" not in done.stderr
+
+
 def test_a_download_that_is_cut_leaves_nothing(python: Path) -> None:
     name, body = make_wheel("0.3.36", ANY_LINUX, content="# cut on its way")
     with serve(own_layout({"cpu": [(name, body)]}, hashes=True)) as index:
@@ -144,6 +197,8 @@ def test_or_build_builds_when_nothing_fits(python: Path, toolchain: Toolchain) -
     ("arguments", "words"),
     [
         (("--portable",), "--prebuilt cannot choose portable"),
+        (("--no-use",), "--no-use cannot be honoured"),
+        (("--define", "GGML_LTO=ON", "--jobs", "2"), "--define, --jobs cannot be honoured"),
         (("--source", "path:."), "takes published versions"),
         (("--sha256", "12"), "no SHA-256"),
     ],

@@ -41,7 +41,6 @@ def test_the_trainer_loads_the_demo_base_and_takes_three_steps(demo_mha: Path, t
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     told = done.stdout + done.stderr
     assert done.returncode == 0, told[-2000:]
-    losses = [float(loss) for loss in re.findall(r"\biter=\s*\d+\b.*?\bloss=(\S+)", told)]
-    assert len(losses) >= 3
-    assert losses[2] < losses[0]
+    losses = {int(step): float(loss) for step, loss in re.findall(r"\biter=\s*(\d+)\b.*?\bloss=(\S+)", told)}
+    assert losses[3] < losses[1]
     assert adapter.stat().st_size > 10_000

@@ -1,4 +1,7 @@
-"""The CUDA solver on described machines: driver, toolkit, compiler, GPU in; decision and explanation out."""
+"""The CUDA solver on described machines: driver, toolkit, compiler, GPU, memory in; decision and explanation out.
+
+What Python, C library and CPU flags decide, for published wheels, is described in test_wheel_fit.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.described import machine
+from tests.described import GIB, machine
 from toolchain.base.errors import ArtifactError, FoundryError, MissingError, UsageError
 from toolchain.base.gpu import Driver, Gpu
 from toolchain.base.machine import Compiler
 from toolchain.build import cuda_facts
 from toolchain.build.cuda import choose_cuda, from_index
+from toolchain.build.solve import choose_jobs
 from toolchain.build.toolkit import Toolkit
 
 RTX_2080 = Gpu(name="NVIDIA GeForce RTX 2080", capability=(7, 5))
@@ -20,6 +24,9 @@ RTX_3060 = Gpu(name="NVIDIA GeForce RTX 3060", capability=(8, 6))
 RTX_4090 = Gpu(name="NVIDIA GeForce RTX 4090", capability=(8, 9))
 RTX_5090 = Gpu(name="NVIDIA GeForce RTX 5090", capability=(12, 0))
 GTX_1080 = Gpu(name="NVIDIA GeForce GTX 1080", capability=(6, 1))
+V100 = Gpu(name="Tesla V100", capability=(7, 0))
+GT_1030 = Gpu(name="NVIDIA GeForce GT 1030", capability=(6, 1))
+GB10 = Gpu(name="NVIDIA GB10", capability=(12, 1))
 H200 = Gpu(name="NVIDIA H200", capability=(9, 0))
 
 
@@ -65,6 +72,10 @@ class Case:
     asked: tuple[str, ...] = ()
     decision: str | type[FoundryError]
     words: tuple[str, ...]
+    not_words: tuple[str, ...] = ()
+    free_gib: int = 64
+    quota: float | None = None
+    jobs: int = 8
 
 
 CASES = {
@@ -103,7 +114,7 @@ CASES = {
     ),
     "sm_120 takes the toolkit that knows it": Case(
         gpus=(RTX_5090,), driver=driver("570.86", "12.8"), toolkits=(toolkit("12.4"), toolkit("12.8")),
-        decision="12.8 g++-12 120-real", words=("newest that fits",),
+        decision="12.8 g++-12 120-real", words=("CUDA 12.8", "RTX 5090 (sm_120)"),
     ),
     "a driver of CUDA 12 cannot run CUDA 13": Case(
         gpus=(RTX_4090,), driver=driver("550.54", "12.4"), toolkits=(toolkit("13.0"),),
@@ -119,7 +130,7 @@ CASES = {
     ),
     "but its PTX does not": Case(
         gpus=(RTX_4090,), driver=driver("525.60", "12.0"), toolkits=(toolkit("12.6"),), asked=("80-virtual",),
-        decision=MissingError, words=("does not take PTX of CUDA 12.6", "--cuda-arch native"),
+        decision=ArtifactError, words=("does not take PTX of CUDA 12.6", "add 89 to --cuda-arch"),
     ),
     "a newer driver runs an older toolkit": Case(
         gpus=(RTX_2080,), driver=driver("580.65", "13.0"), toolkits=(toolkit("11.8"),), compilers=compilers("gcc-11"),
@@ -151,10 +162,53 @@ CASES = {
     ),
     "no toolkit: the package index's": Case(
         gpus=(H200,), driver=driver("580.65", "13.0"), toolkits=(),
-        decision="index g++-12 90-real", words=("from the package index",),
+        decision="index g++-12 90-real", words=("CUDA 13.0.0 (the package index)", "H200"),
     ),
     "no toolkit, and the index's is too new for the driver": Case(
         gpus=(H200,), driver=driver("550.54", "12.4"), toolkits=(), decision=MissingError, words=("driver 580",),
+    ),
+    "an old GPU beside a new one is left out where no toolkit knows both": Case(
+        gpus=(RTX_4090, GT_1030), driver=driver("580.65", "13.0"), toolkits=(toolkit("13.0"),),
+        decision="13.0 g++-12 89-real", words=("GT 1030 (sm_61) is left out",),
+    ),
+    "a toolkit that knows both comes before a newer one": Case(
+        gpus=(RTX_4090, GT_1030), driver=driver("580.65", "13.0"), toolkits=(toolkit("13.0"), toolkit("12.9")),
+        decision="12.9 g++-12 61-real,89-real", words=("does not compile for sm_61",),
+    ),
+    "the architecture of one of two GPUs was asked for": Case(
+        gpus=(RTX_4090, GT_1030), driver=driver("580.65", "13.0"), toolkits=(toolkit("13.0"),), asked=("89",),
+        decision="13.0 g++-12 89", words=("GT 1030 (sm_61) is left out",),
+    ),
+    "code for sm_120 runs on no sm_121": Case(
+        gpus=(GB10,), driver=driver("580.65", "13.0"), toolkits=(toolkit("13.0"),), asked=("120",),
+        decision=ArtifactError, words=("GB10 (sm_121)", "add 121"),
+    ),
+    "a GPU that only PTX serves, and a driver that is older than that PTX": Case(
+        gpus=(V100,), driver=driver("550.54", "12.4"), toolkits=(toolkit("12.8"),), asked=("portable",),
+        decision=ArtifactError, words=("does not take PTX of CUDA 12.8",),
+    ),
+    "native among others": Case(
+        gpus=(RTX_4090,), driver=driver("580.65", "13.0"), toolkits=(toolkit("13.0"),), asked=("native,90",),
+        decision="13.0 g++-12 89-real,90", words=("asked for",),
+    ),
+    "CUDA 10 is too old for llama.cpp": Case(
+        toolkits=(toolkit("10.2"),), asked=("75",), decision=MissingError, words=("need CUDA 11.0 or newer",),
+    ),
+    "the index is not offered where its toolkit would not do": Case(
+        gpus=(GTX_1080,), driver=driver("550.54", "12.4"), toolkits=(toolkit("13.0"),),
+        decision=MissingError, words=("sm_61",), not_words=("--cuda-toolkit index",),
+    ),
+    "memory for three of eight compilers": Case(
+        toolkits=(toolkit("13.0"),), asked=("90",), free_gib=7, jobs=3,
+        decision="13.0 g++-12 90", words=("7.0 GiB of memory is free",),
+    ),
+    "a quota of two and a half CPUs": Case(
+        toolkits=(toolkit("13.0"),), asked=("90",), quota=2.5, jobs=2,
+        decision="13.0 g++-12 90", words=("cgroup quota 2.5",),
+    ),
+    "too little memory for one still starts one": Case(
+        toolkits=(toolkit("13.0"),), asked=("90",), free_gib=1, quota=1.5, jobs=1,
+        decision="13.0 g++-12 90", words=(),
     ),
     "a GPU that only the kernel shows decides nothing": Case(
         gpus=(Gpu(name="NVIDIA T4"),), toolkits=(toolkit("13.0"),), asked=("75",),
@@ -165,13 +219,15 @@ CASES = {
 
 def decided(case: Case) -> tuple[str | type[FoundryError], str]:
     """(the decision as a case writes it, all that is said about it)."""
-    here = machine(gpus=case.gpus, driver=case.driver)
+    here = machine(gpus=case.gpus, driver=case.driver, available_bytes=case.free_gib * GIB, quota=case.quota)
+    jobs = choose_jobs(here, None, cuda=True)
+    assert jobs.count == case.jobs
     try:
         choice = choose_cuda(toolkits=case.toolkits, compilers=case.compilers, machine=here, asked=case.asked)
     except FoundryError as error:
         return type(error), f"{error} {error.evidence} {error.hint}"
     release = "{}.{}".format(*choice.toolkit.release) if choice.toolkit else "index"
-    return f"{release} {choice.host.path.name} {','.join(choice.archs)}", "\n".join(choice.reasons)
+    return f"{release} {choice.host.path.name} {','.join(choice.archs)}", "\n".join((*choice.reasons, jobs.reason))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,6 +236,8 @@ def test_the_decision_on_a_described_machine(name: str) -> None:
     assert decision == CASES[name].decision, explained
     for word in CASES[name].words:
         assert word in explained
+    for word in CASES[name].not_words:
+        assert word not in explained
 
 
 @pytest.mark.parametrize(
@@ -219,4 +277,4 @@ def test_there_is_no_cuda_on_a_mac() -> None:
 def test_the_index_toolkit_refuses_compilers_that_it_does_not_take() -> None:
     with pytest.raises(MissingError) as caught:
         from_index(compilers=compilers("gcc-16"), machine=machine(), asked=("90",))
-    assert caught.value.hint == "apt-get install g++-15"
+    assert "apt-get install g++-15" in caught.value.hint

@@ -172,6 +172,11 @@ def shown(argv: Sequence[str | Path]) -> str:
     return shlex.join(str(part) for part in argv)
 
 
+def prepended(variable: str, folder: Path) -> str:
+    """The search path in an environment variable with ``folder`` before what it holds."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get(variable))))
+
+
 def parse_counter(recent: str) -> tuple[int, int] | None:
     """The last ``[n/m]``, as ninja, llama-quantize and the demo model's training print it."""
     found = re.findall(r"\[\s*(\d+)\s*/\s*(\d+)\]", recent)

@@ -51,7 +51,8 @@ def probe_gpus(root: Path = Path("/")) -> tuple[tuple[Gpu, ...], Driver | None]:
 
 
 def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[Gpu, ...]:
-    """What CUDA_VISIBLE_DEVICES leaves: indices or UUID beginnings, up to the first that is neither.
+    """What CUDA_VISIBLE_DEVICES leaves: indices or UUID beginnings, up to the first that is neither. A part of a
+    GPU (``MIG-...``) may be one of any.
 
     NVML counts by PCI bus and CUDA by speed, so indices into unequal GPUs cannot be told apart from here: then
     any index keeps them all (CUDA C++ Programming Guide, "CUDA Environment Variables").
@@ -63,6 +64,8 @@ def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[Gpu, ...]:
     for item in filter(None, (part.strip() for part in wanted.split(","))):
         if item.isdigit():
             named = {int(item)} & {*range(len(gpus))}
+        elif item.startswith("MIG-"):
+            named = {*range(len(gpus))}
         else:
             named = {number for number, gpu in enumerate(gpus) if gpu.uuid.startswith(item)}
         if not named:
@@ -97,9 +100,13 @@ def _describe(handle: object) -> Gpu:
     import pynvml
 
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:  # GPUs that share the machine's memory have none of their own
+        memory_bytes = 0
     return Gpu(
         name=_text(pynvml.nvmlDeviceGetName(handle)),
-        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        memory_bytes=memory_bytes,
         capability=(int(major), int(minor)),
         uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
     )

@@ -94,7 +94,7 @@ def package(
         if loads_backends:
             init = package_dir / "__init__.py"
             init.write_text(init.read_text() + LOAD_BACKENDS)
-        _write_layout(stage, _include_dirs(root, tree), compiler, env)
+        _write_layout(stage, include_dirs(root, tree), compiler, env)
         if choice and choice.toolkit:
             _write_needs(stage / "pyproject.toml", wheel_needs(choice.toolkit.release[0]))
         hook = (
@@ -105,11 +105,11 @@ def package(
     return next(out.glob("*.whl"))
 
 
-def ensure_installed(wheel: Path, *, version: str, commit: str | None) -> None:
+def ensure_installed(wheel: Path, *, version: str, commit: str | None, prebuilt: bool = False) -> None:
     """Make ``wheel`` what ``import llama_cpp`` finds in the virtual environment that runs us, and prove it there.
 
-    What was proven is noted in the environment, so a second call costs nothing; bindings that fail the proof
-    are taken out again.
+    What was proven is noted in the environment, by the wheel's hash, so a second call costs nothing; bindings that
+    fail the proof are taken out again. ``commit`` None: any llama.cpp will do.
     """
     if sys.prefix == sys.base_prefix:
         raise MissingError(
@@ -117,12 +117,12 @@ def ensure_installed(wheel: Path, *, version: str, commit: str | None) -> None:
             evidence=f"running under {sys.executable}",
             hint="use `./inv build`, or activate .venv first",
         )
-    note = Path(sys.prefix) / "llama_cpp.proven.json"
-    wanted = {"version": version, "wheel": wheel.name}
-    with files.locked(note.with_suffix(".lock"), lambda pid: console.say(f"waiting for process {pid} (bindings)")):
-        if files.read_json(note) == wanted and _installed_version() == version:
+    wanted = {"version": version, "wheel": wheel.name, "sha256": files.known_sha256(wheel), "prebuilt": prebuilt}
+    lock = _note().with_suffix(".lock")
+    with files.locked(lock, lambda pid: console.say(f"waiting for process {pid} (bindings)")):
+        if files.read_json(_note()) == wanted and installed_version() == version:
             return
-        note.unlink(missing_ok=True)
+        _note().unlink(missing_ok=True)
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
         with console.step(f"install llama-cpp-python {version}"):
             # its needs are in our own lock
@@ -133,14 +133,35 @@ def ensure_installed(wheel: Path, *, version: str, commit: str | None) -> None:
             except FoundryError:
                 command.run((*pip, "uninstall", "--yes", DISTRIBUTION), what="taking the bindings out again")
                 raise
-        files.write_json(note, wanted)
+        files.write_json(_note(), wanted)
 
 
-def _installed_version() -> str | None:
+def installed_version() -> str | None:
+    """The version of llama_cpp in this environment, None without one."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return None
+
+
+def prebuilt_version() -> str | None:
+    """The version of the prebuilt wheel that is installed in this environment; None when none is."""
+    match files.read_json(_note()):
+        case {"prebuilt": True, "version": str(version)} if version == installed_version():
+            return version
+    return None
+
+
+def include_dirs(root: Path, tree: SourceTree) -> list[Path]:
+    """The headers of the build installed at ``root``; trees of before 2025 install only some, and keep theirs at the
+    top.
+    """
+    installed = root / "include"
+    return [installed] if (installed / "ggml.h").is_file() and (installed / "llama.h").is_file() else [tree.llama]
+
+
+def _note() -> Path:
+    return Path(sys.prefix) / "llama_cpp.proven.json"
 
 
 def _flavour(lib_dir: Path) -> str:
@@ -160,12 +181,6 @@ def _copy_libraries(root: Path, package_dir: Path) -> None:
     for library in (entry for folder in ("lib", "bin") for entry in sorted((root / folder).glob("lib*"))):
         if LIBRARIES.fullmatch(library.name):
             shutil.copy2(library, into / library.name)
-
-
-def _include_dirs(root: Path, tree: SourceTree) -> list[Path]:
-    """The headers of the installed build; trees of before 2025 install only some, and keep theirs at the top."""
-    installed = root / "include"
-    return [installed] if (installed / "ggml.h").is_file() and (installed / "llama.h").is_file() else [tree.llama]
 
 
 def _write_layout(

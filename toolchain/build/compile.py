@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.base import command, console, files
+from toolchain.base.command import prepended
 from toolchain.base.errors import CommandError
-from toolchain.build import bindings, cmake, legacy, proof, toolchain
-from toolchain.build.configure import BuildRequest, Configuration, compilers_of, configure
+from toolchain.build import bindings, cmake, gpu_proof, legacy, proof, toolchain
+from toolchain.build.configure import BuildRequest, Configuration, compilers_of, configure, with_toolkit
 from toolchain.build.fatbin import DeviceCode
 from toolchain.build.solve import disk_bytes
 from toolchain.build.toolchain import Toolchain
@@ -36,14 +37,35 @@ def build(request: BuildRequest) -> Built:
     """
     started = time.monotonic()
     configuration = configure(request)
-    if found := toolchain.load(configuration.id):
-        found = _proven_here(found, configuration)
+    if found := _there(configuration):
         return Built(toolchain=found, reused=True, seconds=time.monotonic() - started)
     lock = files.home_dir("toolchains") / f".{configuration.id}.lock"
     with files.locked(lock, lambda pid: console.say(f"waiting for process {pid}, which builds the same")):
-        found = toolchain.load(configuration.id)
-        made = found or _compile(configuration)
+        found = _there(configuration)
+        made = found or _compile(with_toolkit(configuration))
     return Built(toolchain=made, reused=found is not None, seconds=time.monotonic() - started)
+
+
+def _there(configuration: Configuration) -> Toolchain | None:
+    """The finished Toolchain, judged by the GPUs that are visible now: they may be others than while it was built."""
+    found = toolchain.load(configuration.id)
+    if found is None:
+        return None
+    if not found.whole:
+        console.warn(f"{found.id} was linked with {found.toolkit_lib}, which is gone: building it again")
+        return None
+    gpus = [gpu for gpu in configuration.machine.gpus if gpu.capability]
+    if found.kind != "llama" or configuration.cuda is None or not gpus:
+        return found
+    codes = gpu_proof.embedded(found.root)
+    gpu_proof.require_served(codes, gpus)
+    if found.executed is None:
+        with console.step(f"prove the build on {gpus[0]}") as step:
+            proven = proof.prove_wheel(found.wheel, commit=found.short_commit)
+            executed, step.note = gpu_proof.judge_execution(proven, codes, gpus)
+        found = replace(found, executed=executed, reason=step.note)
+        toolchain.save(found, found.root)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +174,13 @@ def _make_llama(job: _Job) -> Toolchain:
         )
     with console.step("prove the build") as step:
         proven = proof.prove_wheel(wheel, commit=tree.short_commit, env=_without_driver(configuration))
-        proof.require_backends(proven, configuration.variants)
-        executed, reason = proof.judge_execution(proven, codes, configuration.machine.gpus)
+        proof.require_backends(proven, {v.flag: v.backend for v in configuration.variants if v.backend})
+        executed, reason = gpu_proof.judge_execution(proven, codes, configuration.machine.gpus)
         step.note = f"{', '.join(proven.backends)}; a decode agrees with its reference; {reason}"
     return replace(
         _plain(configuration),
         backends=proven.backends,
-        architectures=proof.architecture_names(codes),
+        architectures=gpu_proof.architecture_names(codes),
         executed=executed,
         reason=reason,
         wheel_name=wheel.name,
@@ -172,8 +194,10 @@ def _make_trainer(job: _Job) -> Toolchain:
     job.configure_and_compile(targets=legacy.TRAINER_PROGRAMS)
     legacy.install_programs(job.build_dir, job.into)
     codes = _cuda_code(job)
+    gpus = [gpu for gpu in configuration.machine.gpus if gpu.capability]
+    gpu_proof.require_served(codes, gpus)
     with console.step("prove the trainer") as step:
-        found = legacy.prove_trainer(job.into / "bin", env=_without_driver(configuration))
+        found = legacy.prove_trainer(job.into / "bin", env=_without_driver(configuration), on_gpu=bool(codes and gpus))
         told = " → ".join(f"{loss:.2f}" for loss in found.losses)
         step.note = (
             f"three steps: loss {told}; merged: perplexity {found.perplexity_base:.0f} → {found.perplexity_merged:.0f}"
@@ -181,24 +205,9 @@ def _make_trainer(job: _Job) -> Toolchain:
     return replace(
         _plain(configuration),
         backends=("CUDA", "CPU") if codes else ("CPU",),
-        architectures=proof.architecture_names(codes),
+        architectures=gpu_proof.architecture_names(codes),
         reason=step.note,
     )
-
-
-def _proven_here(found: Toolchain, configuration: Configuration) -> Toolchain:
-    """``found``, and where a GPU is visible now that was not when it was built, with the proof that it runs there."""
-    gpus = configuration.machine.gpus
-    if found.kind != "llama" or not found.architectures or not gpus or found.executed is not None:
-        return found
-    with console.step(f"prove the build on {gpus[0]}") as step:
-        codes = proof.embedded(found.root)
-        proven = proof.prove_wheel(found.wheel, commit=found.short_commit)
-        executed, reason = proof.judge_execution(proven, codes, gpus)
-        step.note = reason
-    found = replace(found, executed=executed, reason=reason)
-    toolchain.save(found, found.root)
-    return found
 
 
 def _cuda_code(job: _Job) -> tuple[DeviceCode, ...]:
@@ -206,8 +215,8 @@ def _cuda_code(job: _Job) -> tuple[DeviceCode, ...]:
     if job.configuration.cuda is None:
         return ()
     with console.step("list the CUDA code") as step:
-        codes = proof.prove_cuda(job.into, job.configuration.cuda)
-        step.note = ", ".join(proof.architecture_names(codes))
+        codes = gpu_proof.prove_cuda(job.into, job.configuration.cuda)
+        step.note = ", ".join(gpu_proof.architecture_names(codes))
     return codes
 
 
@@ -226,6 +235,8 @@ def _plain(configuration: Configuration) -> Toolchain:
         compilers=compilers_of(configuration.c, configuration.cxx, configuration.cuda),
         seconds=0.0,
         variants=tuple(variant.name for variant in configuration.variants),
+        toolkit_lib=str(configuration.toolkit.lib_dir) if configuration.toolkit else "",
+        needs_driver=configuration.driver_stub is not None,
     )
 
 
@@ -233,7 +244,7 @@ def _without_driver(configuration: Configuration) -> dict[str, str | None]:
     """What lets programs that are linked with the driver start for their proof where there is none."""
     if configuration.driver_stub is None or configuration.machine.driver is not None:
         return {}
-    return {"LD_LIBRARY_PATH": str(configuration.driver_stub / "run")}
+    return {"LD_LIBRARY_PATH": prepended("LD_LIBRARY_PATH", configuration.driver_stub / "run")}
 
 
 def _copy_converter(llama: Path, into: Path) -> None:

@@ -70,13 +70,13 @@ def newest_compiler(release: Release, family: str) -> int:
 def releases_for(arch: str) -> str:
     """Which toolkits compile for ``arch``, in words: ``CUDA 12.8 or newer``, ``CUDA 8.0 to 12.9``."""
     first, last = ARCHITECTURES[arch]
-    return f"CUDA {_shown(first)} to {_shown(last)}" if last else f"CUDA {_shown(first)} or newer"
+    return f"CUDA {shown(first)} to {shown(last)}" if last else f"CUDA {shown(first)} or newer"
 
 
 def releases_for_gcc(major: int) -> str:
     """Which toolkits take gcc ``major``: ``CUDA 12.8 or newer``; empty when none is known to."""
     first = min((since for since, most in GCC_MAX.items() if most >= major), default=None)
-    return f"CUDA {_shown(first)} or newer" if first else ""
+    return f"CUDA {shown(first)} or newer" if first else ""
 
 
 def known_architectures(release: Release) -> frozenset[str]:
@@ -86,5 +86,6 @@ def known_architectures(release: Release) -> frozenset[str]:
     )
 
 
-def _shown(release: Release) -> str:
+def shown(release: Release) -> str:
+    """``12.4``."""
     return f"{release[0]}.{release[1]}"

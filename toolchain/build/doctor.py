@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +14,17 @@ from toolchain.base import command, files
 from toolchain.base.console import format_bytes
 from toolchain.base.errors import ArtifactError, FoundryError, MissingError
 from toolchain.base.machine import Machine, find_compiler, probe
-from toolchain.build import bindings, legacy, proof, toolchain
+from toolchain.build import bindings, gpu_proof, legacy, proof, toolchain
 from toolchain.build.abi import prove_abi
 from toolchain.build.fatbin import DeviceCode, serves
+from toolchain.build.install_prebuilt import check_structs
 from toolchain.build.toolchain import Toolchain
 from toolchain.build.toolkit import find_toolkits
 
 LOW_DISK_BYTES = 2 << 30
 REDIRECTS = ("LLAMA_CPP_LIB_PATH", "LLAMA_CPP_LIB", "LD_PRELOAD")
-"""Variables by which Python loads another library than the one of its package."""
+SEARCH_PATHS = {"PYTHONPATH": "llama_cpp/__init__.py", "LD_LIBRARY_PATH": "lib*llama.so"}
+"""Variables by which another library, or package, than the installed one may be loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +91,14 @@ def _toolchain(current: Toolchain | None, machine: Machine) -> Iterator[Finding]
     yield from _tried("tools", lambda: _runs(current))
     codes: tuple[DeviceCode, ...] = ()
     try:
-        codes = proof.embedded(current.root)
+        codes = gpu_proof.embedded(current.root)
     except FoundryError as error:
         yield _from_error("cuda code", error)
-    if codes:
-        yield _ok("cuda code", ", ".join(proof.architecture_names(codes)))
+    if codes and current.architectures and gpu_proof.architecture_names(codes) != current.architectures:
+        there, built = ", ".join(gpu_proof.architecture_names(codes)), ", ".join(current.architectures)
+        yield _bad("cuda code", f"the library carries {there}; it was built with {built}", "./inv build")
+    elif codes:
+        yield _ok("cuda code", ", ".join(gpu_proof.architecture_names(codes)))
         yield from (_served(codes, gpu.capability, str(gpu)) for gpu in machine.gpus if gpu.capability)
         if not machine.gpus:
             yield _note(
@@ -106,23 +111,34 @@ def _toolchain(current: Toolchain | None, machine: Machine) -> Iterator[Finding]
 
 
 def _bindings(current: Toolchain | None, machine: Machine) -> Iterator[Finding]:
-    try:
-        version = metadata.version(bindings.DISTRIBUTION)
-    except metadata.PackageNotFoundError:
+    version = bindings.installed_version()
+    if version is None:
         yield _note("bindings", "llama_cpp is not installed in this environment", "./inv build")
         return
+    yield from _redirects()
+    prebuilt = bindings.prebuilt_version() is not None
+    if prebuilt:
+        yield _ok("bindings", f"llama_cpp {version}, a prebuilt wheel")
+    elif current is None:
+        yield _note("bindings", f"llama_cpp {version} is installed, and no toolchain is in use", "./inv build")
+    elif version != current.wheel_version:
+        told = f"llama_cpp {version} is installed, the current toolchain's is {current.wheel_version}"
+        yield _bad("bindings", told, f"./inv use {current.id}")
+    else:
+        yield _ok("bindings", f"llama_cpp {version}")
+    own = None if prebuilt else current
+    yield from _tried("abi", lambda: _abi(own))
+    yield from _tried("decode", lambda: _decodes(own, machine))
+
+
+def _redirects() -> Iterator[Finding]:
     for name in REDIRECTS:
         if value := os.environ.get(name):
             yield _note("bindings", f"{name}={value} makes Python load another library", f"unset {name}")
-    if current is None or version != current.wheel_version:
-        wanted = current.wheel_version if current else "none"
-        mend = f"./inv use {current.id}" if current else "./inv build"
-        yield _bad("bindings", f"llama_cpp {version} is installed, the current toolchain's is {wanted}", mend)
-    else:
-        yield _ok("bindings", f"llama_cpp {version}")
-    if current:
-        yield from _tried("abi", lambda: _abi(current))
-    yield from _tried("decode", lambda: _decodes(current, machine))
+    for name, pattern in SEARCH_PATHS.items():
+        for folder in filter(None, os.environ.get(name, "").split(os.pathsep)):
+            if any(Path(folder).glob(pattern)):
+                yield _note("bindings", f"{name} leads to another llama.cpp in {folder}", f"take it out of {name}")
 
 
 def _trainer() -> Iterator[Finding]:
@@ -131,23 +147,34 @@ def _trainer() -> Iterator[Finding]:
 
 
 def _runs(current: Toolchain) -> str:
-    told = command.capture([current.tool("cli"), "--version"], what="running llama-cli")
-    return told.splitlines()[-2] if len(told.splitlines()) > 1 else told
+    """The version that a program tells: llama-cli, which was ``main`` until mid-2024."""
+    programs = [path for name in ("llama-cli", "main") if (path := current.bin_dir / name).exists()]
+    if not programs:
+        raise MissingError(f"{current.bin_dir} holds no program", hint="./inv clean --toolchain, then ./inv build")
+    told = command.capture([programs[0], "--version"], what=f"running {programs[0].name}")
+    return next((line for line in told.splitlines() if line.startswith("version")), told)
 
 
-def _abi(current: Toolchain) -> str:
+def _abi(current: Toolchain | None) -> str:
+    package = importlib.util.find_spec("llama_cpp")
+    if current is None or not (current.root / "include" / "ggml.h").is_file():
+        assert package is not None
+        assert package.submodule_search_locations
+        return check_structs(Path(package.submodule_search_locations[0]).parent, installed=True)
     layout = prove_abi(path=None, include_dirs=[current.root / "include"], compiler=find_compiler("c"))
     return f"{len(layout.structs)} structs and {len(layout.constants)} constants agree with the library's headers"
 
 
 def _decodes(current: Toolchain | None, machine: Machine) -> str:
     found = proof.prove(commit=current.short_commit if current else None)
-    codes = proof.embedded(Path(found.library).parent)
-    _, reason = proof.judge_execution(found, codes, machine.gpus)
+    codes = gpu_proof.embedded(Path(found.library).parent)
+    _, reason = gpu_proof.judge_execution(found, codes, machine.gpus)
     return f"a decode agrees with its reference; {reason}"
 
 
 def _trains(found: Toolchain) -> str:
+    if found.needs_driver and probe().driver is None:
+        return f"{found.id}: needs an NVIDIA driver, and there is none here"
     losses = legacy.prove_trainer(found.bin_dir).losses
     return f"{found.id}: three steps, loss {' → '.join(f'{loss:.2f}' for loss in losses)}"
 

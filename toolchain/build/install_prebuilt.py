@@ -19,7 +19,7 @@ from toolchain.base.abi import Layout, compare
 from toolchain.base.abi_verdict import LAYOUT_FILE
 from toolchain.base.errors import ArtifactError, FoundryError, MissingError, UsageError
 from toolchain.base.machine import Machine, find_compiler, probe
-from toolchain.build import abi, bindings, proof
+from toolchain.build import abi, bindings, gpu_proof, proof
 from toolchain.build.pin import DEFAULT_PIN, parse_pin
 from toolchain.build.prebuilt import fetch_wheel
 from toolchain.build.wheel_fit import Target, Verdict, judge, rejections
@@ -58,9 +58,21 @@ class Installed:
 
 
 def parse_request(
-    *, index: str | None, source: str | None, variants: Sequence[str], sha256: str | None
+    *,
+    index: str | None,
+    source: str | None,
+    variants: Sequence[str],
+    sha256: str | None,
+    only_for_builds: Sequence[str],
 ) -> PrebuiltRequest:
-    """The request from what was typed; UsageError for what cannot be asked of a prebuilt wheel."""
+    """The request from what was typed; UsageError for what cannot be asked of a prebuilt wheel, as are the options
+    ``only_for_builds`` that were typed.
+    """
+    if only_for_builds:
+        raise UsageError(
+            f"--prebuilt compiles nothing: {', '.join(only_for_builds)} cannot be honoured",
+            hint="leave these out, or --prebuilt; with --or-build those of the build are kept for it",
+        )
     pin = parse_pin(source or DEFAULT_PIN)
     if pin.kind != "sdist":
         raise UsageError(
@@ -145,17 +157,21 @@ def _install(
         unpacked = Path(scratch)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)
-        codes = proof.embedded(unpacked)
-        proof.require_served(codes, machine.gpus)
-        agreed = _abi(unpacked)
+        codes = gpu_proof.embedded(unpacked)
+        gpu_proof.require_served(codes, machine.gpus)
+        agreed = check_structs(unpacked)
         found = proof.prove(commit=None, path=unpacked)
-        executed, reason = proof.judge_execution(found, codes, machine.gpus)
+        promised = {"cuda": "CUDA", "vulkan": "Vulkan", "metal": "Metal"}.get(request.want or offer.flavour)
+        proof.require_backends(
+            found, {f"{request.want or offer.flavour} by {offer.filename}": promised} if promised else {}
+        )
+        executed, reason = gpu_proof.judge_execution(found, codes, machine.gpus)
         step.note = f"{', '.join(found.backends)}; {reason}; {agreed}"
-    bindings.ensure_installed(wheel, version=found.version, commit=None)
+    bindings.ensure_installed(wheel, version=found.version, commit=None, prebuilt=True)
     return Installed(
         wheel=wheel,
         proof=found,
-        architectures=proof.architecture_names(codes),
+        architectures=gpu_proof.architecture_names(codes),
         executed=executed,
         reason=reason,
         abi=agreed,
@@ -164,11 +180,13 @@ def _install(
     )
 
 
-def _abi(unpacked: Path) -> str:
-    """What can be said of the structs: from the wheel's own record, else from headers that it carries."""
-    declared = abi.declared_by(unpacked)
-    noted = files.read_json(unpacked / "llama_cpp" / LAYOUT_FILE)
-    headers = sorted(unpacked.rglob("llama.h"))
+def check_structs(root: Path, *, installed: bool = False) -> str:
+    """What can be said of the structs of the package below ``root`` (else ``installed`` there): from the wheel's own
+    record, else from headers that it carries. ArtifactError when bindings and library disagree.
+    """
+    declared = abi.declared_by(None if installed else root)
+    noted = files.read_json(root / "llama_cpp" / LAYOUT_FILE)
+    headers = sorted((root / "llama_cpp").rglob("llama.h")) + sorted((root / "include").glob("llama.h"))
     if isinstance(noted, dict):
         layout = Layout.from_json(noted)
     elif headers:

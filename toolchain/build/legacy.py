@@ -137,12 +137,12 @@ def install_programs(build_dir: Path, prefix: Path) -> None:
             shutil.copy2(library, prefix / "lib" / library.name)
 
 
-def prove_trainer(bin_dir: Path, *, env: Mapping[str, str | None] | None = None) -> TrainerProof:
+def prove_trainer(bin_dir: Path, *, env: Mapping[str, str | None] | None = None, on_gpu: bool = False) -> TrainerProof:
     """Train, merge, judge and generate with the programs in ``bin_dir``, in a scratch folder of FOUNDRY_HOME.
 
-    ``env`` is added to their environment. Raises ArtifactError, with what a program said last, when one fails, when
-    the loss does not fall, when the adapter is not what was asked for, or when the merged model knows the text no
-    better than its base does.
+    ``env`` is added to their environment; ``on_gpu``: the merged model's layers must lie on a GPU. Raises
+    ArtifactError, with what a program said last, when one fails, when the loss does not fall, when the adapter is not
+    what was asked for, or when the merged model knows the text no better than its base does.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=files.home_dir("work"), prefix="trainer-") as scratch:
@@ -153,7 +153,12 @@ def prove_trainer(bin_dir: Path, *, env: Mapping[str, str | None] | None = None)
         losses = _train(bench)
         pairs = _check_adapter(bench.adapter)
         base, merged = _merge_and_judge(bench)
-        bench.run("main", "-m", bench.merged, "-p", "the quick", "-n", 4, "-t", 1, "-c", CONTEXT, "--seed", SEED)
+        told = bench.run(
+            "main", "-m", bench.merged, "-p", "the quick", "-n", 4, "-t", 1, "-c", CONTEXT, "--seed", SEED, "-ngl", 99
+        )
+        offloaded = re.search(r"offloaded (\d+)/(\d+) layers to GPU", told)
+        if on_gpu and not (offloaded and offloaded[1] == offloaded[2]):
+            raise _refused("a GPU is visible, and the model is not on it", _tail(told))
     return TrainerProof(
         losses=losses,
         rank=RANK,

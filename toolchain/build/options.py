@@ -19,8 +19,10 @@ from toolchain.build.variants import Variant, spelled
 ORIGIN = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
 
 # What every build wants, where the tree at hand knows the option. Page and tests stay out; nothing may be
-# downloaded while building (LLAMA_USE_PREBUILT_UI and LLAMA_CURL would), and fetching models is our part.
+# downloaded while building (LLAMA_USE_PREBUILT_UI and LLAMA_CURL would), and fetching models is our part. NCCL
+# would be linked with wherever it is found, and no wheel would say so.
 TREE_DEFAULTS: Mapping[str, str] = {
+    "GGML_CUDA_NCCL": "OFF",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_SERVER": "ON",
@@ -73,8 +75,7 @@ class BuildOptions:
         return self.is_on("LLAMA_BUILD_UI")
 
     def is_on(self, name: str) -> bool:
-        """Whether cmake takes the option's value for true."""
-        return dict(self.defines).get(name, "OFF").upper() in ("ON", "1", "TRUE", "YES", "Y")
+        return is_true(dict(self.defines).get(name, "OFF"))
 
     def argv(self) -> tuple[str, ...]:
         return tuple(f"-D{name}={value}" for name, value in (*self.defines, *self.places))
@@ -99,12 +100,16 @@ def choose_options(
     """
     known = tree_options(tree.llama)
     defines = default_defines(tree, known) if defaults is None else dict(defaults)
-    for variant in variants:
-        for name, value in variant.defines.items():
-            defines[_in_tree(name, known, tree, f"{variant.flag}: ")] = value
+    chosen = {
+        _in_tree(name, known, tree, f"{variant.flag}: "): (value, variant.flag)
+        for variant in variants
+        for name, value in variant.defines.items()
+    }
+    defines |= {name: value for name, (value, _) in chosen.items()}
     places: dict[str, str] = {}
+    if cuda:
+        defines |= _cuda_defines(cuda, known)
     if cuda and cuda.toolkit:
-        defines |= _cuda_defines(cuda, cuda.toolkit, known)
         places = _cuda_places(cuda, cuda.toolkit)
         if driver_stub:
             places["CUDA_cuda_driver_LIBRARY"] = str(driver_stub / "libcuda.so")
@@ -115,10 +120,17 @@ def choose_options(
         name = _in_tree(typed, known, tree)
         if name != typed:
             notes.append(f"{typed} is {name} in {tree.pin}")
+        if name in chosen and chosen[name][0].upper() != value.upper():
+            raise UsageError(f"--define {item} contradicts {chosen[name][1]}", hint="leave one of them out")
+        places.pop(name, None)
         defines[name] = value
-    for name in places:
-        defines.pop(name, None)
-    return BuildOptions(defines=tuple(sorted(defines.items())), places=tuple(places.items()), notes=tuple(notes))
+    named = {name: value for name, value in defines.items() if name not in places}
+    return BuildOptions(defines=tuple(sorted(named.items())), places=tuple(places.items()), notes=tuple(notes))
+
+
+def is_true(value: str) -> bool:
+    """Whether cmake takes ``value`` for true."""
+    return value.upper() in ("ON", "1", "TRUE", "YES", "Y")
 
 
 def default_defines(tree: SourceTree, known: frozenset[str]) -> dict[str, str]:
@@ -149,10 +161,11 @@ def _in_tree(name: str, known: frozenset[str], tree: SourceTree, asked_by: str =
     )
 
 
-def _cuda_defines(cuda: CudaChoice, toolkit: Toolkit, known: frozenset[str]) -> dict[str, str]:
+def _cuda_defines(cuda: CudaChoice, known: frozenset[str]) -> dict[str, str]:
     """What the solver's choice means for cmake."""
     defines = {"CMAKE_CUDA_ARCHITECTURES": ";".join(cuda.archs)}
-    if not toolkit.driver_stub and "GGML_CUDA_NO_VMM" in known:
+    stub = cuda.toolkit is not None and cuda.toolkit.driver_stub
+    if not stub and "GGML_CUDA_NO_VMM" in known:
         # without libcuda to link with, ggml's pool of virtual memory is left out and its older pool is used
         defines["GGML_CUDA_NO_VMM"] = "ON"
     return defines

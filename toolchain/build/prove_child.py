@@ -192,11 +192,17 @@ def backends() -> list[str]:
 
 def loaded_library(name: str) -> str:
     """The file of a library that this process has mapped, by the beginning of its name; empty without one."""
-    import psutil
+    return next((path for path in mapped_files() if Path(path).name.startswith(name)), "")
 
-    return next(
-        (str(each.path) for each in psutil.Process().memory_maps() if Path(each.path).name.startswith(name)), ""
-    )
+
+def mapped_files() -> list[str]:
+    """Libraries of this process: from the kernel on Linux, from the loader on macOS."""
+    if sys.platform == "darwin":
+        loader = ctypes.CDLL(None)
+        loader._dyld_get_image_name.restype = ctypes.c_char_p
+        return [loader._dyld_get_image_name(i).decode() for i in range(loader._dyld_image_count())]
+    fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    return [field[5] for field in fields if len(field) == 6]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Toolchain:
     """A finished build. Equal ids mean equal source, options and compilers; a folder is never built over.
 
     ``architectures`` are those of the CUDA code in it (``sass 90``, ``ptx 90``), ``executed`` what the proof ran on
-    a GPU (device, layers and how many there are) or None, with the ``reason``.
+    a GPU (device, layers and how many there are) or None, with the ``reason``. ``toolkit_lib`` is the folder where
+    CUDA's own libraries are found (empty without CUDA); ``needs_driver``: nothing of it starts without NVIDIA's.
     """
 
     id: str
@@ -39,6 +40,13 @@ class Toolchain:
     architectures: tuple[str, ...] = ()
     executed: Mapping[str, object] | None = None
     reason: str = ""
+    toolkit_lib: str = ""
+    needs_driver: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether what it was linked with outside its own folder is still there."""
+        return not self.toolkit_lib or Path(self.toolkit_lib).is_dir()
 
     @property
     def bin_dir(self) -> Path:

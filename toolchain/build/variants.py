@@ -71,7 +71,7 @@ VARIANTS: Mapping[str, Variant] = {
             flag="--blas blis",
             about="BLIS, AMD's and FLAME's BLAS (cmake knows it as FLAME)",
             defines={"GGML_BLAS": "ON", "GGML_BLAS_VENDOR": "FLAME"},
-            needs=(Need(header="cblas.h", pkg_config="blis", install="apt-get install libblis-dev"),),
+            needs=(Need(header="blis.h", pkg_config="blis", install="apt-get install libblis-dev"),),
             backend="BLAS",
             tag="blis",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from toolchain.base import console, files
@@ -11,9 +12,10 @@ from toolchain.build import bindings, doctor, toolchain
 from toolchain.build.compile import Built, build
 from toolchain.build.configure import BuildRequest, configure
 from toolchain.build.install_prebuilt import Installed, PrebuiltRequest, choose_wheels, install_prebuilt
-from toolchain.build.options import parse_define
+from toolchain.build.options import is_true, parse_define
+from toolchain.build.solve import disk_bytes
 from toolchain.build.toolchain import KINDS, Toolchain
-from toolchain.build.variants import OLD_NAMES
+from toolchain.build.variants import BLAS, OLD_NAMES
 
 
 def request(
@@ -35,20 +37,22 @@ def request(
         count = None if jobs is None else int(jobs)
     except ValueError as error:
         raise UsageError(f"--jobs {jobs} is not a number") from error
-    names, kept = dict.fromkeys(variants), []
+    names, kept, archs = dict.fromkeys(variants), [], [cuda_arch] if cuda_arch else []
     for define in defines:
         name, value = parse_define(define)
-        if OLD_NAMES.get(name.upper(), name) == "GGML_CUDA" and value.upper() in ("ON", "1", "TRUE", "YES"):
+        if OLD_NAMES.get(name.upper(), name) == "GGML_CUDA" and is_true(value):
             names["cuda"] = None
+        elif name == "CMAKE_CUDA_ARCHITECTURES":
+            archs.append(value)
         else:
             kept.append(define)
-    if cuda_arch or cuda_toolkit:
+    if archs or cuda_toolkit:
         names["cuda"] = None
     return BuildRequest(
         source=source,
         defines=tuple(kept),
         variants=tuple(names),
-        cuda_arch=(cuda_arch,) if cuda_arch else (),
+        cuda_arch=tuple(archs),
         cuda_toolkit=cuda_toolkit,
         legacy=legacy,
         jobs=count,
@@ -57,7 +61,12 @@ def request(
 
 
 def chosen_variants(*, blas: str | None, **flags: bool) -> tuple[str, ...]:
-    """Names of the variants whose flags were typed."""
+    """Names of the variants whose flags were typed; UsageError for a BLAS that is none of those there are."""
+    if blas and blas.lower() not in (*BLAS, "cublas"):
+        near = difflib.get_close_matches(blas.lower(), (*BLAS, "cublas"), n=1)
+        raise UsageError(
+            f"--blas {blas}: there are {' and '.join(BLAS)}", hint=f"did you mean {near[0]}?" if near else ""
+        )
     return (*(name for name, on in flags.items() if on), *((blas,) if blas else ()))
 
 
@@ -65,7 +74,9 @@ def build_and_use(asked: BuildRequest, *, use: bool, as_json: bool = False, quie
     """Build (or find), make current, install the bindings where they are not, report."""
     with files.home_in_use():
         built = build(asked)
-        if use:
+        if use and built.toolchain.needs_driver and probe().driver is None:
+            console.warn("it is not put in use: nothing of it starts without an NVIDIA driver, and none is here")
+        elif use:
             activate(built.toolchain)
     if as_json:
         console.answer_json(_built_json(built))
@@ -108,7 +119,16 @@ def show_prebuilt(asked: PrebuiltRequest, *, as_json: bool) -> None:
 
 
 def activate(chosen: Toolchain) -> None:
-    """Make ``chosen`` current and its wheel the one that ``import llama_cpp`` finds in this environment."""
+    """Make ``chosen`` current and its wheel the one that ``import llama_cpp`` finds in this environment.
+
+    MissingError for one that needs NVIDIA's driver where there is none.
+    """
+    if chosen.needs_driver and probe().driver is None:
+        raise MissingError(
+            f"{chosen.id} cannot be used here",
+            evidence="its programs are linked with NVIDIA's driver (libcuda.so.1), and there is none",
+            hint="use it on a machine with the driver, or another toolchain (`./inv doctor` names the current one)",
+        )
     if chosen.kind == "llama":
         bindings.ensure_installed(chosen.wheel, version=chosen.wheel_version, commit=chosen.short_commit)
     toolchain.make_current(chosen)
@@ -134,6 +154,7 @@ def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
                 "variants": [variant.name for variant in configuration.variants],
                 "cuda": list(configuration.cuda.reasons) if configuration.cuda else None,
                 "options": list(configuration.options.argv()),
+                "disk_bytes": disk_bytes(configuration.cuda),
                 "jobs": configuration.jobs.count,
                 "reason": configuration.jobs.reason,
             }
@@ -144,6 +165,7 @@ def show_configuration(asked: BuildRequest, *, as_json: bool) -> None:
     console.answer(f"compilers {configuration.c.version}; {configuration.cxx.version}")
     for reason in configuration.cuda.reasons if configuration.cuda else ():
         console.answer(f"cuda      {reason}")
+    console.answer(f"disk      {console.format_bytes(disk_bytes(configuration.cuda))} free are needed")
     console.answer(f"jobs      {configuration.jobs.count} ({configuration.jobs.reason})")
     for option in configuration.options.argv():
         console.answer(f"          {option}")
@@ -182,7 +204,8 @@ def clean(*, unused: bool, used: bool, everything: bool) -> None:
 def ensure_current() -> Toolchain:
     """The Toolchain in use, its bindings installed; before the first build, the default one is built."""
     if found := toolchain.current():
-        activate(found)
+        if bindings.prebuilt_version() is None:  # recipes need the tools alone
+            activate(found)
         return found
     console.say("no toolchain yet: building the default one")
     return build_and_use(request(), use=True, quiet=True)

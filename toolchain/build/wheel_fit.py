@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.tags import Tag
 from packaging.version import Version
 
-from toolchain.build.cuda_facts import known_architectures
+from toolchain.build.cuda_facts import known_architectures, shown
 from toolchain.build.fatbin import DeviceCode, Kind, serves
 from toolchain.build.wheel_offer import CpuLevel, Flavour, Offer
 from toolchain.build.wheel_tags import platform_mismatch, python_mismatch
@@ -128,7 +128,7 @@ def _newer_cuda(offer: Offer, target: Target) -> str:
     by_major = offer.cuda >= MINOR_COMPATIBILITY_SINCE and offer.cuda[0] <= target.driver_cuda[0]
     if by_major or offer.cuda <= target.driver_cuda:
         return ""
-    return f"{_cuda(offer)} is more than the driver can run ({_dotted(target.driver_cuda)})"
+    return f"{_cuda(offer)} is more than the driver can run ({shown(target.driver_cuda)})"
 
 
 def _no_code_for_gpu(offer: Offer, target: Target) -> str:
@@ -138,13 +138,13 @@ def _no_code_for_gpu(offer: Offer, target: Target) -> str:
         jit = target.driver_cuda is None or offer.cuda is None or offer.cuda <= target.driver_cuda
         if offer.architectures and serves(_device_code(offer.architectures, jit=jit), capability) is None:
             named = ", ".join(offer.architectures)
-            return f"holds code for {named} only; a GPU here has compute capability {_dotted(capability)}"
+            return f"holds code for {named} only; a GPU here has compute capability {shown(capability)}"
         if offer.cuda and offer.cuda >= (12, 0):  # the table of architectures leaves out what CUDA 12 no longer has
             lowest = min(int(arch) for arch in known_architectures(offer.cuda))
             if capability < (oldest := divmod(lowest, 10)):
                 return (
-                    f"{_cuda(offer)} makes no code for compute capabilities below {_dotted(oldest)}; "
-                    f"a GPU here has {_dotted(capability)}"
+                    f"{_cuda(offer)} makes no code for compute capabilities below {shown(oldest)}; "
+                    f"a GPU here has {shown(capability)}"
                 )
     return ""
 
@@ -191,7 +191,7 @@ def _note(offer: Offer, target: Target) -> str:
     elif offer.flavour == "cuda" and offer.cuda is None:
         notes.append("it does not say for which CUDA it is made")
     elif offer.cuda and target.driver_cuda and offer.cuda > target.driver_cuda:
-        driver = _dotted(target.driver_cuda)
+        driver = shown(target.driver_cuda)
         notes.append(f"{_cuda(offer)} runs on a driver of {driver} by minor version compatibility, without PTX")
     if re.search(r"\.g[0-9a-f]{7}\.b[0-9a-f]{12}$", local := offer.version.local or "") and "portable" not in local:
         notes.append("a build of this project for, perhaps, only the CPU that it was made on")
@@ -201,8 +201,4 @@ def _note(offer: Offer, target: Target) -> str:
 
 
 def _cuda(offer: Offer) -> str:
-    return f"CUDA {_dotted(offer.cuda)}" if offer.cuda else "CUDA"
-
-
-def _dotted(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}.{pair[1]}"
+    return f"CUDA {shown(offer.cuda)}" if offer.cuda else "CUDA"
