@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -103,11 +105,33 @@ def test_a_wheel_whose_library_lacks_the_gpus_architecture_is_refused(python: Pa
     assert "it carries sm_75, sm_90" in told(done)
 
 
+def renamed(wheel: bytes, version: str, **extra: bytes) -> Wheel:
+    """The wheel under another version, sound in itself, with ``extra`` files in its package."""
+    inside: dict[str, bytes] = {f"llama_cpp/{name}": body for name, body in extra.items()}
+    information = f"llama_cpp_python-{version}.dist-info"
+    with zipfile.ZipFile(io.BytesIO(wheel)) as old:
+        for name in old.namelist():
+            body = old.read(name)
+            if name.endswith(".dist-info/METADATA"):
+                body = re.sub(rb"(?m)^Version: .*$", f"Version: {version}".encode(), body, count=1)
+            inside[re.sub(r"^[^/]+\.dist-info", information, name)] = body
+    del inside[f"{information}/RECORD"]
+    rows = []
+    for name, body in inside.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=").decode()
+        rows.append(f"{name},sha256={digest},{len(body)}")
+    inside[f"{information}/RECORD"] = "\n".join([*rows, f"{information}/RECORD,,"]).encode()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, body in inside.items():
+            new.writestr(name, body)
+    return f"llama_cpp_python-{version}-{ANY_LINUX}.whl", packed.getvalue()
+
+
 def test_a_cpu_wheel_in_a_cuda_folder_is_refused(python: Path, own_wheel: Wheel, tmp_path: Path) -> None:
     """The wheel that silently runs on the CPU: it computes, and is not what its place promises."""
     env = write_nvml(tmp_path, [RTX_3060], driver="550.54.14", cuda=(12, 4))
-    body = own_wheel[1]
-    with serve(own_layout({"cu124": [(f"llama_cpp_python-0.3.36-{ANY_LINUX}.whl", body)]})) as index:
+    with serve(own_layout({"cu124": [renamed(own_wheel[1], "0.3.36")]})) as index:
         done = prebuilt(python, "--index", f"{index.url}/whl", env=env)
     assert done.returncode == 6, done.stderr
     assert "was promised, but the library has no CUDA backend" in told(done)
@@ -115,26 +139,10 @@ def test_a_cpu_wheel_in_a_cuda_folder_is_refused(python: Path, own_wheel: Wheel,
 
 def test_another_wheel_of_the_same_name_is_installed_anew(python: Path, own_wheel: Wheel) -> None:
     """llama-cpp-python's index has the same file names in its folders cpu and cu124."""
-    name = f"llama_cpp_python-0.3.36-{ANY_LINUX}.whl"
-    other = repacked(own_wheel[1], {"llama_cpp/marker.txt": b"the second"})
-    for body in (own_wheel[1], other):
-        with serve(own_layout({"cpu": [(name, body)]}, hashes=True)) as index:
+    for wheel in (renamed(own_wheel[1], "0.3.36"), renamed(own_wheel[1], "0.3.36", marker=b"the second")):
+        with serve(own_layout({"cpu": [wheel]}, hashes=True)) as index:
             answer(prebuilt(python, "--index", f"{index.url}/whl", "--json"))
-    assert list(python.parent.parent.glob("lib/python3*/site-packages/llama_cpp/marker.txt"))
-
-
-def repacked(wheel: bytes, extra: dict[str, bytes]) -> bytes:
-    """The wheel with more files, listed as they must be."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(wheel)) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
-        for member in old.infolist():
-            body = old.read(member)
-            if member.filename.endswith("RECORD"):
-                body += "".join(f"{name},,\n" for name in extra).encode()
-            new.writestr(member, body)
-        for name, content in extra.items():
-            new.writestr(name, content)
-    return packed.getvalue()
+    assert list(python.parent.parent.glob("lib/python3*/site-packages/llama_cpp/marker"))
 
 
 def test_a_prebuilt_wheel_is_healthy_and_a_recipe_leaves_it_alone(

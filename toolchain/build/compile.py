@@ -14,6 +14,7 @@ from toolchain.build import bindings, cmake, gpu_proof, legacy, proof, toolchain
 from toolchain.build.configure import BuildRequest, Configuration, compilers_of, configure, with_toolkit
 from toolchain.build.fatbin import DeviceCode
 from toolchain.build.solve import disk_bytes
+from toolchain.build.source import stage_source, writes_among_its_sources
 from toolchain.build.toolchain import Toolchain
 from toolchain.build.webui import Page, build_page, hand_over, prove_page
 
@@ -129,8 +130,8 @@ def _compile(configuration: Configuration) -> Toolchain:
     with files.disk_errors(root), files.staged(root) as partial:
         partial.mkdir()
         source = configuration.tree.llama
-        if configuration.legacy:
-            source = legacy.stage_source(configuration.tree, build_dir.with_name(build_dir.name + "-source"))
+        if writes_among_its_sources(source):
+            source = stage_source(configuration.tree, build_dir.with_name(build_dir.name + "-source"))
         job = _Job(configuration=configuration, source=source, build_dir=build_dir, into=partial, log=log)
         made = _make_trainer(job) if configuration.legacy else _make_llama(job)
         made = replace(made, root=root, seconds=round(time.monotonic() - started, 1))

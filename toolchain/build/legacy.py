@@ -49,9 +49,6 @@ CMAKE_DEFAULTS: Mapping[str, str] = {
     "GIT_EXECUTABLE": "OFF",
 }
 
-# What the copy leaves out: other builds, and models that a user keeps in a checkout.
-NOT_COPIED = (".git", "build", "*.gguf", "*.bin", "*.pth", "*.safetensors")
-
 # The proof's training. The rate is fifty times the default: three steps must show beyond any rounding. Measured on
 # the default pin: losses 6.30, 5.91, 4.52, perplexity of the text from 517 to 38, all within 0.2 s.
 STEPS, RANK, CONTEXT, BATCH, RATE, SEED = 3, 4, 32, 4, "0.05", 1
@@ -96,23 +93,6 @@ def default_defines(llama: Path) -> dict[str, str]:
     """The cache variables of a trainer's build, as far as the tree knows them."""
     known = tree_options(llama)
     return {**CMAKE_DEFAULTS, **{name: value for name, value in TREE_DEFAULTS.items() if name in known}}
-
-
-def stage_source(tree: SourceTree, into: Path) -> Path:
-    """A copy of the tree's llama.cpp at ``into`` to build from; one that is there already is left as it is.
-
-    These trees write ``build-info.cpp`` (before: ``build-info.h``) among their own sources while they build, from
-    what git says about whichever repository lies around them. The copy keeps the source as it was fetched, and in
-    it the template names the tree's commit.
-    """
-    if into.is_dir():
-        return into
-    with files.disk_errors(into), files.staged(into) as partial:
-        shutil.copytree(tree.llama, partial, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
-        for template in (*partial.glob("common/build-info.*.in"), *partial.glob("scripts/build-info.*.in")):
-            text = template.read_text().replace("@BUILD_COMMIT@", tree.short_commit)
-            template.write_text(text.replace("@BUILD_NUMBER@", "0"))
-    return into
 
 
 def install_programs(build_dir: Path, prefix: Path) -> None:

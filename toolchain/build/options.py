@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.base import files
 from toolchain.base.errors import UsageError
 from toolchain.build.cuda import CudaChoice
 from toolchain.build.pin import SourceTree
@@ -178,12 +179,14 @@ def _cuda_places(cuda: CudaChoice, toolkit: Toolkit) -> dict[str, str]:
     named; before it stands the folder of NVIDIA's wheels, which our wheel names as its needs, reached from
     llama_cpp/lib as torch's libraries reach it.
     """
-    wheels = [f"{ORIGIN}/../../{folder}" for folder in wheel_folders(toolkit.release[0])]
+    found = [f"{ORIGIN}/../../{folder}" for folder in wheel_folders(toolkit.release[0])]
+    if toolkit.lib_dir.is_relative_to(sources := files.home_dir("sources")):  # so FOUNDRY_HOME can be moved
+        found.append(f"{ORIGIN}/../../../sources/{toolkit.lib_dir.relative_to(sources)}")
     return {
         "CMAKE_BUILD_RPATH": str(toolkit.lib_dir),
         "CMAKE_CUDA_COMPILER": str(toolkit.nvcc),
         "CMAKE_CUDA_HOST_COMPILER": str(cuda.host.path),
-        "CMAKE_INSTALL_RPATH": ";".join((CMAKE_DEFAULTS["CMAKE_INSTALL_RPATH"], *wheels, str(toolkit.lib_dir))),
+        "CMAKE_INSTALL_RPATH": ";".join((CMAKE_DEFAULTS["CMAKE_INSTALL_RPATH"], *found, str(toolkit.lib_dir))),
         "CUDAToolkit_ROOT": str(toolkit.root),
     }
 

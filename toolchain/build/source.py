@@ -7,6 +7,7 @@ reused, so that the same request means the same source until it is asked again w
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from toolchain.base import files
@@ -15,6 +16,9 @@ from toolchain.base.errors import UsageError
 from toolchain.build.gitref import fetch_git
 from toolchain.build.pin import SourcePin, SourceTree, locate
 from toolchain.build.sdist import fetch_sdist
+
+# What the copy leaves out: other builds, and models that a user keeps in a checkout.
+NOT_COPIED = (".git", "build", "*.gguf", "*.bin", "*.pth", "*.safetensors")
 
 
 def fetch_source(pin: SourcePin, *, update: bool = False, on_progress: OnProgress | None = None) -> SourceTree:
@@ -30,6 +34,28 @@ def fetch_source(pin: SourcePin, *, update: bool = False, on_progress: OnProgres
             return fetch_git(pin, update)
         case "path":
             return _read_path(pin)
+
+
+def writes_among_its_sources(llama: Path) -> bool:
+    """Whether compiling the tree changes it, as it did from 2023 to 2024; then it is built from a copy."""
+    return any((llama / "scripts" / name).is_file() for name in ("gen-build-info-cpp.cmake", "build-info.h.in"))
+
+
+def stage_source(tree: SourceTree, into: Path) -> Path:
+    """A copy of the tree's llama.cpp at ``into`` to build from; one that is there already is left as it is.
+
+    Such trees write ``build-info.cpp`` (before: ``build-info.h``) among their own sources while they build, from
+    what git says about whichever repository lies around them. The copy keeps the source as it was fetched, and in
+    it the template names the tree's commit.
+    """
+    if into.is_dir():
+        return into
+    with files.disk_errors(into), files.staged(into) as partial:
+        shutil.copytree(tree.llama, partial, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        for template in (*partial.glob("common/build-info.*.in"), *partial.glob("scripts/build-info.*.in")):
+            text = template.read_text().replace("@BUILD_COMMIT@", tree.short_commit)
+            template.write_text(text.replace("@BUILD_NUMBER@", "0"))
+    return into
 
 
 def _read_path(pin: SourcePin) -> SourceTree:
