@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,13 +77,16 @@ def planned(build: Path) -> int:
     )  # fmt: skip
     subprocess.run(argv, check=True, capture_output=True)
     listed = subprocess.run([ninja, "-C", build, "-t", "commands"], check=True, capture_output=True, text=True)
-    return sum(" -c " in line for line in listed.stdout.splitlines())
+    return own_units(listed.stdout)
 
 
 def count(log: Path) -> int:
-    """Units of llama.cpp among what was compiled: cmake's own checks and the ABI probe are not."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return sum("vendor/llama.cpp" in line for line in lines)
+    return own_units(log.read_text()) if log.exists() else 0
+
+
+def own_units(commands: str) -> int:
+    """Compilations of llama.cpp's own sources: cmake's checks, generated files and the ABI probe are not."""
+    return len(re.findall(r"(?m)^.*-c \S*/vendor/llama\.cpp/\S+", commands))
 
 
 def timed(*arguments: str) -> float:

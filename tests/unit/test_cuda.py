@@ -187,6 +187,10 @@ CASES = {
         gpus=(V100,), driver=driver("550.54", "12.4"), toolkits=(toolkit("12.8"),), asked=("portable",),
         decision=ArtifactError, words=("does not take PTX of CUDA 12.8",),
     ),
+    "and an older toolkit whose PTX that driver takes": Case(
+        gpus=(V100,), driver=driver("550.54", "12.4"), toolkits=(toolkit("12.8"), toolkit("12.4")), asked=("portable",),
+        decision="12.4 g++-12 61-virtual,70-virtual,75-real,80-real,86-real,89-real,90", words=("could not run",),
+    ),
     "native among others": Case(
         gpus=(RTX_4090,), driver=driver("580.65", "13.0"), toolkits=(toolkit("13.0"),), asked=("native,90",),
         decision="13.0 g++-12 89-real,90", words=("asked for",),

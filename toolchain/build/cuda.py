@@ -65,16 +65,20 @@ def choose_cuda(
         return from_index(compilers=compilers, machine=machine, asked=asked)
     passed_over: list[str] = []
     hints: list[str] = []
+    unserved: ArtifactError | None = None
     for may_leave_out in (False, True):
         for toolkit in candidates:
             try:
                 choice = _choose(toolkit, compilers, machine, asked, may_leave_out)
-            except MissingError as unfit:
+            except (MissingError, ArtifactError) as unfit:
+                unserved = unfit if isinstance(unfit, ArtifactError) else unserved
                 if not may_leave_out:
                     passed_over.append(f"{toolkit}: {unfit.message}")
                     hints.append(unfit.hint)
                 continue
             return replace(choice, reasons=(*choice.reasons, *passed_over))
+    if unserved:
+        raise unserved
     raise MissingError(
         "no CUDA toolkit on this machine fits",
         evidence="\n".join(passed_over),
@@ -107,8 +111,8 @@ def _choose(
             f"llama.cpp's kernels need CUDA {shown(MINIMUM_RELEASE)} or newer", hint="Install a newer toolkit."
         )
     able = [gpu for gpu in machine.gpus if gpu.capability]
-    left_out = [gpu for gpu in able if gpu.arch not in toolkit.archs] if may_leave_out else []
-    wanted, origin = _wanted(asked, [gpu for gpu in able if gpu not in left_out] if len(left_out) < len(able) else able)
+    known = [gpu for gpu in able if gpu.arch in toolkit.archs]
+    wanted, origin = _wanted(asked, known if may_leave_out and known else able)
     archs = _known(wanted, toolkit)
     jit = _require_driver(toolkit.release, machine)
     host, host_reason = _host(toolkit, compilers)
