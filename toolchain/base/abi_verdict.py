@@ -19,9 +19,9 @@ libraries that this is true of."""
 def require_agreement(package: Path, library: Path, modules: Iterable[ModuleType]) -> str:
     """Why nothing can be said of the imported ``modules`` of ``package`` with ``library``; empty: they agree.
 
-    Raises ArtifactError, with struct and field, when they disagree. The verdict is kept in FOUNDRY_HOME/work/abi
-    under the names, sizes and times of the package's files and of the libraries beside ``library``, so that only the
-    first call compares. Where nothing can be written, each call does.
+    Raises ArtifactError, with struct and field, when they disagree. The verdict is kept below FOUNDRY_HOME's
+    folder ``work``, under the names, sizes and times of the package's files and of the libraries beside ``library``, so
+    that only the first call compares. Where nothing can be written, each call does.
     """
     libraries = sorted(path for path in library.parent.glob("lib*") if path.is_file())
     sources = (*sorted(package.glob("*.py")), package / LAYOUT_FILE, *libraries)
