@@ -164,7 +164,7 @@ def _is_set(mirror: Mirror, mark: Literal["ready", "whole"]) -> bool:
 
 
 def _instead(mirror: Mirror, ref: str, error: CommandError, update: bool) -> str:
-    """The commit that ``ref`` was when it was fetched before, with a warning that nobody could be asked what it is today."""
+    """The commit that ``ref`` was when it was last fetched; warns that nobody could be asked what it is today."""
     if (old := _cached(mirror, ref)) is None:
         _forget_empty(mirror)
         raise FetchError(
