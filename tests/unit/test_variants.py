@@ -84,6 +84,13 @@ def test_an_old_name_is_understood_and_said(tmp_path: Path, typed: str, becomes:
     assert bool(chosen.notes) == (typed.partition("=")[0] != becomes)
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("LLAMA_CUBLASS", "LLAMA_CUBLAS"), ("GGML_NATVE", "GGML_NATIVE")])
+def test_a_slip_in_an_option_of_any_year_is_answered(tmp_path: Path, typed: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        choose_options(tree(tmp_path, TODAY), [f"{typed}=ON"])
+    assert caught.value.hint == f"did you mean {meant}?"
+
+
 def test_spelled_knows_what_is_not_there() -> None:
     assert spelled("GGML_SYCL", frozenset(TODAY)) is None
 

@@ -15,7 +15,7 @@ from toolchain.build.cuda import CudaChoice
 from toolchain.build.pin import SourceTree
 from toolchain.build.toolkit import Toolkit
 from toolchain.build.toolkit_parts import wheel_folders
-from toolchain.build.variants import Variant, spelled
+from toolchain.build.variants import OLD_NAMES, Variant, spelled
 
 ORIGIN = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
 
@@ -155,7 +155,7 @@ def _in_tree(name: str, known: frozenset[str], tree: SourceTree, asked_by: str =
         return name
     if found := spelled(name, known):
         return found
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name.upper(), [*known, *OLD_NAMES], n=1)
     raise UsageError(
         f"{asked_by}{tree.pin} has no option {name}",
         hint=f"did you mean {near[0]}?" if near else f"its options stand in {tree.llama}/CMakeLists.txt",
