@@ -5,7 +5,7 @@ What Python, C library and CPU flags decide, for published wheels, is described 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -270,6 +270,17 @@ def test_what_must_be_embedded_follows_from_the_architectures() -> None:
     )
     wanted = {(code.kind, code.arch) for code in choice.wanted}
     assert wanted == {("sass", "86"), ("ptx", "86"), ("sass", "89"), ("ptx", "90")}
+
+
+@pytest.mark.parametrize(
+    ("here", "stub", "vmm"),
+    [(driver("580.65", "13.0"), True, True), (driver("580.65", "13.0"), False, False), (None, True, False)],
+)
+def test_the_driver_is_linked_only_where_there_is_one(here: Driver | None, stub: bool, vmm: bool) -> None:
+    """A whole toolkit on a machine without a driver: what it links with libcuda could not start there."""
+    kit = replace(toolkit("13.0"), driver_stub=stub)
+    choice = choose_cuda(toolkits=[kit], compilers=compilers("gcc-12"), machine=machine(driver=here), asked=("90",))
+    assert choice.vmm is vmm
 
 
 def test_there_is_no_cuda_on_a_mac() -> None:

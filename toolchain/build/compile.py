@@ -237,7 +237,7 @@ def _plain(configuration: Configuration) -> Toolchain:
         seconds=0.0,
         variants=tuple(variant.name for variant in configuration.variants),
         toolkit_lib=str(configuration.toolkit.lib_dir) if configuration.toolkit else "",
-        needs_driver=configuration.driver_stub is not None,
+        needs_driver=configuration.cuda is not None and not configuration.options.is_on("GGML_CUDA_NO_VMM"),
     )
 
 

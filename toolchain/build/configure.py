@@ -102,14 +102,14 @@ def configure(request: BuildRequest) -> Configuration:
 
 def with_toolkit(configuration: Configuration) -> Configuration:
     """``configuration`` with its CUDA toolkit whole: fetched, completed with cuBLAS, and a stand-in for libcuda where
-    the tree must link with one and neither toolkit nor driver brings it.
+    the tree must link with one, and toolkit and driver do not both bring it.
     """
     choice = configuration.cuda
     if choice is None:
         return configuration
     toolkit = toolkit_parts.complete(choice.toolkit or toolkit_parts.fetch_toolkit(cuda.INDEX_RELEASE))
     choice, tree, stub = replace(choice, toolkit=toolkit), configuration.tree, None
-    if not toolkit.driver_stub and "GGML_CUDA_NO_VMM" not in tree_options(tree.llama):
+    if not choice.vmm and "GGML_CUDA_NO_VMM" not in tree_options(tree.llama):
         # trees of before 2025 cannot be told to do without the driver's library
         stub = toolkit_parts.make_driver_stub(configuration.c)
     options = _options(configuration.request, tree, configuration.variants, choice, stub)

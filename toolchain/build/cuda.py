@@ -33,14 +33,16 @@ INDEX_RELEASE: Release = (13, 0)
 class CudaChoice:
     """What the solver settled. ``toolkit`` None: take INDEX_RELEASE from the package index.
 
-    ``archs`` are written as cmake wants them (``89-real``, ``90``, ``75-virtual``); ``reasons`` say, one line
-    each, why it is so and what was passed over.
+    ``archs`` are written as cmake wants them (``89-real``, ``90``, ``75-virtual``); ``vmm``: whether the code may be
+    linked with the driver, which ggml's pool of virtual memory needs; ``reasons`` say, one line each, why it is so and
+    what was passed over.
     """
 
     toolkit: Toolkit | None
     host: Compiler
     archs: tuple[str, ...]
     reasons: tuple[str, ...]
+    vmm: bool = False
 
     @property
     def wanted(self) -> tuple[DeviceCode, ...]:
@@ -127,7 +129,9 @@ def _choose(
     if not toolkit.cublas:
         reasons.append("cuBLAS, which it lacks, comes from the package index")
     reasons += [f"{gpu} is left out: no code in this build runs on it" for gpu in unserved]
-    return CudaChoice(toolkit=toolkit, host=host, archs=archs, reasons=tuple(reasons))
+    # what is linked with the driver starts on no machine without one: not for this one's proof either
+    vmm = toolkit.driver_stub and machine.driver is not None
+    return CudaChoice(toolkit=toolkit, host=host, archs=archs, reasons=tuple(reasons), vmm=vmm)
 
 
 def _index_hint(compilers: Sequence[Compiler], machine: Machine, asked: Sequence[str]) -> str:

@@ -165,10 +165,8 @@ def _in_tree(name: str, known: frozenset[str], tree: SourceTree, asked_by: str =
 def _cuda_defines(cuda: CudaChoice, known: frozenset[str]) -> dict[str, str]:
     """What the solver's choice means for cmake."""
     defines = {"CMAKE_CUDA_ARCHITECTURES": ";".join(cuda.archs)}
-    stub = cuda.toolkit is not None and cuda.toolkit.driver_stub
-    if not stub and "GGML_CUDA_NO_VMM" in known:
-        # without libcuda to link with, ggml's pool of virtual memory is left out and its older pool is used
-        defines["GGML_CUDA_NO_VMM"] = "ON"
+    if not cuda.vmm and "GGML_CUDA_NO_VMM" in known:
+        defines["GGML_CUDA_NO_VMM"] = "ON"  # ggml's older pool is used
     return defines
 
 
