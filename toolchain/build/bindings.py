@@ -24,7 +24,7 @@ from toolchain.build.toolkit_parts import wheel_needs
 from toolchain.build.variants import Variant
 
 DISTRIBUTION = "llama_cpp_python"
-LAYOUT = 4  # raise when what goes into the wheel changes: it is part of a Toolchain's id
+LAYOUT = 5  # raise when what goes into the wheel or is noted of a build changes: it is part of a Toolchain's id
 
 # The bindings open libllama and libmtmd, and these bring the ggml libraries along.
 LIBRARIES = re.compile(r"lib(llama|mtmd|ggml([-_]\w+)*|ggml_shared)\.(so|dylib)")
