@@ -73,6 +73,14 @@ def download(finder: PackageFinder, url: str, target: Path, on_progress: OnProgr
     return total.hexdigest()
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether nobody else can answer for ``host``: its name or address is the loopback's."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def unreachable(what: str, error: Exception) -> FetchError:
     """The client's error as ours."""
     return FetchError(
@@ -110,11 +118,7 @@ def _require_safe_redirect(response: Any) -> None:
         return
     target = urlsplit(urljoin(str(response.url), response.headers["location"]))
     host = target.hostname or ""
-    try:
-        ours = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        ours = False
-    if not (target.scheme == "https" or (target.scheme == "http" and ours)):
+    if not (target.scheme == "https" or (target.scheme == "http" and is_this_machine(host))):
         raise FetchError(
             f"the package index redirects to a connection that is not encrypted: {host or target.scheme}",
             evidence=f"{response.url.copy_with(query=None)} -> {target.scheme}://{host}",

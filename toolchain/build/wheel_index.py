@@ -6,7 +6,6 @@ CPU feature (``AVX2/cu117/llama-cpp-python/``), and a folder of wheels with or w
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from toolchain.base import console, files
 from toolchain.base.errors import FetchError, FoundryError, UsageError
-from toolchain.build.index import stated_sha256
+from toolchain.build.index import is_this_machine, stated_sha256
 from toolchain.build.wheel_offer import PROJECT, Offer, Place, parse_offer, read_place
 
 if TYPE_CHECKING:
@@ -206,11 +205,7 @@ def _guesses(root: str) -> Iterator[Sequence[str]]:
 def _require_encrypted(url: str) -> None:
     """Raise FetchError for a URL that is neither https nor on this machine."""
     host = urlsplit(url).hostname or ""
-    try:
-        ours = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        ours = False
-    if not (ours or url.startswith("https://")):
+    if not (is_this_machine(host) or url.startswith("https://")):
         raise FetchError(
             f"the connection to {host} is not encrypted",
             evidence=f"{urlsplit(url).scheme}://{host}",
