@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from runtime.engine import Engine
+from runtime.engine.reply import FinishReason, ReplyStats, stats_line
+from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import interrupts_noted
-from runtime.reply import FinishReason, ReplyStats, stats_line
-from runtime.sampling import SamplingOptions
 from runtime.settings import near_miss
 from runtime.template import ChatTemplate
 from toolchain.base import console, files

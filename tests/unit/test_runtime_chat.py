@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from runtime.chat import Quit, Session, joined_lines, run_command, save
-from runtime.reply import Chunk, ReplyStats
-from runtime.sampling import SamplingOptions
+from runtime.engine.reply import Chunk, ReplyStats
+from runtime.engine.sampling import SamplingOptions
 from runtime.template import ChatTemplate
 from toolchain.base.errors import UsageError
 

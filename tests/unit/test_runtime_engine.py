@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from runtime.engine import Engine
+from runtime.engine.context import Context
+from runtime.engine.model import Model
+from runtime.engine.reply import Chunk, StopSplitter
+from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import Interrupt
 from runtime.library_log import LibraryLog
-from runtime.reply import Chunk, StopSplitter
-from runtime.sampling import SamplingOptions
 from toolchain.base.errors import FoundryError, MemoryFitError, UsageError
 
 END = 0
@@ -72,7 +74,8 @@ class ScriptedLibrary:
 
 
 def engine_on(library: ScriptedLibrary, *, n_ctx: int = 64) -> Engine:
-    return Engine(lib=library, log=LibraryLog(shown=False), model=1, context=1, n_ctx=n_ctx, n_batch=4)
+    model = Model(lib=library, log=LibraryLog(shown=False), handle=1)
+    return Engine(Context(model=model, handle=1, n_ctx=n_ctx, n_batch=4))
 
 
 def streamed(pieces: Sequence[bytes], **options: Any) -> list[Chunk]:
@@ -140,7 +143,7 @@ def test_failing_decode_is_an_error_and_frees_the_sampler() -> None:
 
 def test_memory_that_runs_out_is_told_from_other_errors() -> None:
     engine = engine_on(ScriptedLibrary([b"a"] * 9, statuses=[0, -3]))
-    engine._log.write(4, b"ggml_backend_alloc: failed to allocate buffer\n")
+    engine.model.log.write(4, b"ggml_backend_alloc: failed to allocate buffer\n")
     with pytest.raises(MemoryFitError):
         list(engine.stream([1, 2, 3], GREEDY))
 

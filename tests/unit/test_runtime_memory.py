@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.memory import kv_bytes_per_token, require_context_fits
+from runtime.memory.context_guard import kv_bytes_per_token, require_context_fits
 from runtime.settings import settle
 from tests.described import machine
 from toolchain.base.errors import MemoryFitError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.tune import tuned_threads
+from runtime.tune.threads import tuned_threads
 from toolchain.base import machine
 
 

@@ -1,0 +1,42 @@
+"""``chat``: talk with the model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from runtime.commands.options import model_options, reply_options, sampling_of, token_limit
+from runtime.commands.prepare import load_engine, prepare
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    talk = verbs.add_parser(
+        "chat", parents=[model_options(), reply_options()], help="talk with the model", description=run.__doc__
+    )
+    talk.add_argument("--system", metavar="TEXT", help="the system message")
+    talk.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Talk with the model; the text of each reply goes to stdout."""
+    sampling = sampling_of(arguments)
+    header, settings = prepare(arguments)
+    from runtime.chat import Session, converse
+    from runtime.interrupts import interrupts_noted
+    from runtime.template import chat_template
+
+    with interrupts_noted() as interrupt:
+        engine = load_engine(header.path, settings, arguments, interrupt)
+    with engine:
+        session = Session(
+            engine=engine,
+            template=chat_template(header),
+            sampling=sampling,
+            max_tokens=token_limit(arguments.max_tokens, None),
+            stops=tuple(arguments.stop),
+            threads=settings.number("n_threads"),
+            system=arguments.system or "",
+            shows_stats=not arguments.no_stats,
+        )
+        return converse(session, header)

@@ -1,0 +1,85 @@
+"""A checked GGUF and settings -> an Engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from runtime.engine.context import OUT_OF_MEMORY, Context, too_large
+from runtime.engine.engine import Engine
+from runtime.engine.model import Model
+from runtime.interrupts import Interrupt
+from runtime.library import import_library, route_log
+from runtime.settings import Settings
+from toolchain.base.errors import ArtifactError, UsageError
+
+# enum ggml_type in ggml.h
+KV_TYPE_IDS: Final = MappingProxyType(
+    {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+)
+
+
+def load(path: Path, settings: Settings, *, verbose: bool = False, interrupt: Interrupt | None = None) -> Engine:
+    """Load the checked GGUF at ``path``. ``interrupt`` ends the loading with KeyboardInterrupt.
+
+    Raises MissingError without a usable library, MemoryFitError when memory runs out, ArtifactError when the
+    library refuses the file, UsageError when it refuses the settings.
+    """
+    model = load_model(path, settings, verbose=verbose, interrupt=interrupt)
+    try:
+        return Engine(make_context(model, settings))
+    except BaseException:
+        model.close()
+        raise
+
+
+def load_model(path: Path, settings: Settings, *, verbose: bool = False, interrupt: Interrupt | None = None) -> Model:
+    """The weights and vocabulary alone; errors as of ``load``."""
+    lib = import_library()
+    log = route_log(lib, verbose)
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = settings.number("n_gpu_layers")
+    watch = lib.llama_progress_callback(lambda _done, _data: not interrupt.raised) if interrupt else None
+    if watch:
+        params.progress_callback = watch
+    handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if interrupt and interrupt.raised:
+        if handle:
+            lib.llama_model_free(handle)
+        raise KeyboardInterrupt
+    if not handle:
+        evidence = log.tail()
+        if OUT_OF_MEMORY.search(evidence):
+            raise too_large(f"{path.name} does not fit in memory", evidence)
+        raise ArtifactError(
+            f"the library refuses {path.name}",
+            evidence=evidence,
+            hint="the file may be made for a newer llama.cpp: see `./inv build --source`, or convert it again",
+        )
+    return Model(lib=lib, log=log, handle=handle, path=path)
+
+
+def make_context(model: Model, settings: Settings) -> Context:
+    """A context of ``model``: MemoryFitError when its cache or buffers do not fit, UsageError when it is refused."""
+    lib = model.lib
+    handle = lib.llama_init_from_model(model.handle, _context_params(lib, settings))
+    if not handle:
+        evidence = model.log.tail()
+        if OUT_OF_MEMORY.search(evidence):
+            raise too_large(f"the context of {settings.number('n_ctx')} tokens does not fit in memory", evidence)
+        raise UsageError("the library refuses these settings", evidence=evidence)
+    n_ctx = min(settings.number("n_ctx"), lib.llama_n_ctx(handle))  # the library rounds up to 256
+    return Context(model=model, handle=handle, n_ctx=n_ctx, n_batch=lib.llama_n_batch(handle))
+
+
+def _context_params(lib: Any, settings: Settings) -> Any:
+    params = lib.llama_context_default_params()
+    for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
+        setattr(params, name, settings.number(name))
+    params.type_k = KV_TYPE_IDS[settings.text("type_k")]
+    params.type_v = KV_TYPE_IDS[settings.text("type_v")]
+    params.n_outputs_max = 1  # only the last token's logits are read; the default reserves n_batch rows of them
+    return params

@@ -1,0 +1,1 @@
+"""What a model takes of memory, and where to put it: pure arithmetic on its header."""

@@ -1,0 +1,1 @@
+"""Threads for this machine and model: from what the kernel grants, then measured."""
