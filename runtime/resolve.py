@@ -1,4 +1,4 @@
-"""What the user typed -> a GGUF file: a path, or a recipe whose result lies in ``models/<name>/``."""
+"""What the user typed -> a GGUF file: a path, a recipe whose result lies in ``models/<name>/``, or one on the hub."""
 
 from __future__ import annotations
 
@@ -10,31 +10,53 @@ from typing import Final
 
 import yaml
 
+from runtime.hub_model import HubName, fetch_model, parse_hub_name
 from runtime.settings import near_miss
 from toolchain.base import files
-from toolchain.base.errors import ArtifactError, UsageError
+from toolchain.base.errors import ArtifactError, FetchError, UsageError
 
 _RECIPE: Final = re.compile(r"(?P<path>.+\.ya?ml)(?::(?P<type>[^:]*))?$")
 _NAME: Final = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(?::(?P<type>[^:/]*))?$")
-_HUB: Final = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?::(?P<type>[^:/]+))?$")
 _LISTED: Final = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """The file to load, and of a recipe's result its name, its type and the recipe's ``runtime`` block."""
+    """The file to load, and of a recipe's result its name, its type and the recipe's ``runtime`` block.
+
+    Of a model from the hub ``repo`` is the repository and ``type`` the quant.
+    """
 
     path: Path
     recipe: str | None = None
+    repo: str | None = None
     type: str | None = None
     runtime: Mapping[str, object] = field(default_factory=dict)
 
 
 def resolve(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None = None) -> Resolved:
-    """The file that ``typed`` means. ``root`` is the project with its recipes, ``models`` holds the results.
+    """The file that ``typed`` means, downloaded first if it lies on the hub and nowhere here.
 
-    A path wins over a recipe's name. Raises UsageError with a next step when there is no such file, and
-    ArtifactError when a recipe's result is not what its manifest says.
+    Raises as ``locate`` does, and for a hub repository as ``hub_model.fetch_model`` does.
+    """
+    found = locate(typed, root=root, models=models)
+    if isinstance(found, Resolved):
+        return found
+    try:
+        fetched = fetch_model(found)
+    except FetchError as error:
+        here = f"no file and no recipe of that name is here, so {found.repo} on the hub was asked"
+        error.evidence = f"{error.evidence}\n{here}".lstrip()
+        raise
+    return Resolved(path=fetched.path, repo=found.repo, type=fetched.quant.name)
+
+
+def locate(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None = None) -> Resolved | HubName:
+    """The file that ``typed`` means if it is here, else the hub repository; nothing is fetched.
+
+    ``root`` is the project with its recipes, ``models`` holds the results. A path wins over a recipe's name, and
+    both over a repository. Raises UsageError with a next step when there is no such file, and ArtifactError when
+    a recipe's result is not what its manifest says.
     """
     models = models or files.models_dir()
     path = files.expand(typed)
@@ -47,8 +69,9 @@ def resolve(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None 
         return Resolved(path=path)
     if (named := _NAME.fullmatch(typed)) and (models / named["name"] / "manifest.json").exists():
         return _result(named["name"], named["type"], models, quantize=f"recipes/{named['name']}.yaml")
-    if path.suffix != ".gguf" and (hub := _HUB.fullmatch(typed)) and not Path(typed).parent.is_dir():
-        raise _is_hub(hub["repo"], hub["type"])
+    on_hub = parse_hub_name(typed)
+    if on_hub and not on_hub.repo.endswith(".gguf") and not Path(typed).parent.is_dir():
+        return on_hub
     if named and (root / "recipes" / f"{named['name']}.yaml").exists():
         raise _not_quantized(named["name"], f"recipes/{named['name']}.yaml")
     raise _no_file(path, models)
@@ -137,15 +160,6 @@ def _is_directory(path: Path) -> UsageError:
     )
 
 
-def _is_hub(repo: str, type_: str | None) -> UsageError:
-    name = repo.partition("/")[2].lower()
-    return UsageError(
-        f"{repo} is a hub repository; those are quantized through a recipe first",
-        evidence=f"recipes/{name}.yaml:\n  name: {name}\n  model: {{hub: {repo}}}\n  quantize: [{type_ or 'Q4_K_M'}]",
-        hint=f"write that file, then `./inv quantize recipes/{name}.yaml`",
-    )
-
-
 def _no_file(path: Path, models: Path) -> UsageError:
     folder = path.parent
     beside = sorted(p.name for p in folder.glob("*.gguf")) if folder.is_dir() else []
@@ -156,5 +170,5 @@ def _no_file(path: Path, models: Path) -> UsageError:
     return UsageError(
         f"no file {path}",
         evidence=evidence if beside or made or not folder.is_dir() else f"no .gguf file in {folder}",
-        hint=near_miss(path.name, (*beside, *made)) or "name a .gguf file or a recipe",
+        hint=near_miss(path.name, (*beside, *made)) or "name a .gguf file, a recipe or a hub repository (owner/repo)",
     )

@@ -110,6 +110,8 @@ class LoopbackHub:
     url: str = ""
     cdn_url: str = ""
     log: list[Seen] = field(default_factory=list)
+    body_bytes: int = 0  # of large files, written to sockets so far
+    counting: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def faults(self, repo: str) -> Faults:
@@ -118,6 +120,10 @@ class LoopbackHub:
     def requests(self, containing: str, method: str = "") -> list[Seen]:
         """Requests so far whose path contains ``containing``, oldest first."""
         return [seen for seen in self.log if containing in seen.path and method in ("", seen.method)]
+
+    def count(self, n_bytes: int) -> None:
+        with self.counting:
+            self.body_bytes += n_bytes
 
 
 def is_lfs(name: str) -> bool:
@@ -217,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["X-Xet-Refresh-Route"] = f"{self.hub.url}/api/models/{repo}/xet-read-token/main"
             self._send(302, b"", headers)
         else:
-            self._send(200, model.served(name), headers | {"ETag": f'"{model.etag(name)}"'})
+            self._plain(model.served(name), headers | {"ETag": f'"{model.etag(name)}"'})
 
     def _model(self, repo: str, revision: str, token: str, *, gate: bool) -> Model | None:
         """The model asked for; None when the refusal was sent."""
@@ -247,15 +253,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self, model: Model, name: str) -> None:
         """A large file or the part of it asked for, with the faults that strike bodies."""
-        faults, body, start = model.faults, model.served(name), 0
-        asked = self.headers.get("Range", "")
-        if asked and not faults.ignore_range:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            if start >= len(body):
-                self._refuse(416, headers={"Content-Range": f"bytes */{len(body)}"})
-                return
-        headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-        self._head(206 if start else 200, len(body) - start, headers)
+        faults, body = model.faults, model.served(name)
+        asked = self._asked(len(body), ignore_range=faults.ignore_range)
+        if asked is None:
+            return
+        status, part, headers = asked
+        self._head(status, len(part), headers)
         if self.command == "HEAD":
             return
         cut = faults.cut_after if faults.cut_after < len(body) else -1
@@ -264,9 +267,11 @@ class _Handler(BaseHTTPRequestHandler):
             faults.cut_after = -1
         if hang >= 0:
             faults.hang_after = -1
-        stop = cut if cut >= 0 else hang if hang >= 0 else len(body)
-        for at in range(start, min(stop, len(body)), _CHUNK):
-            self.wfile.write(body[at : min(at + _CHUNK, stop)])
+        stop = min(part.stop, cut if cut >= 0 else hang if hang >= 0 else len(body))
+        for at in range(part.start, stop, _CHUNK):
+            chunk = body[at : min(at + _CHUNK, stop)]
+            self.wfile.write(chunk)
+            self.hub.count(len(chunk))
         if cut >= 0:
             self.close_connection = True
             if faults.reset:
@@ -276,6 +281,24 @@ class _Handler(BaseHTTPRequestHandler):
         elif hang >= 0:
             self.hub.ended.wait(faults.hang_s)
             self.close_connection = True
+
+    def _plain(self, body: bytes, headers: Mapping[str, str]) -> None:
+        """A small file or the part of it asked for."""
+        if asked := self._asked(len(body)):
+            status, part, extra = asked
+            self._send(status, body[part.start : part.stop], {**headers, **extra})
+
+    def _asked(self, n_bytes: int, *, ignore_range: bool = False) -> tuple[int, range, dict[str, str]] | None:
+        """Status, bytes and headers for ``bytes=FIRST-[LAST]`` or for no Range; None when a refusal was sent."""
+        asked = self.headers.get("Range", "")
+        if not asked or ignore_range:
+            return 200, range(n_bytes), {}
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        if int(first) >= n_bytes:
+            self._refuse(416, headers={"Content-Range": f"bytes */{n_bytes}"})
+            return None
+        part = range(int(first), min(int(last) + 1, n_bytes) if last else n_bytes)
+        return 206, part, {"Content-Range": f"bytes {part.start}-{part.stop - 1}/{n_bytes}"}
 
     def _refuse(self, status: int, code: str = "", message: str = "", headers: Mapping[str, str] | None = None) -> None:
         extra = {key: text for key, text in {"X-Error-Code": code, "X-Error-Message": message}.items() if text}

@@ -1,8 +1,9 @@
-"""A recipe with `model: {hub: ...}` against a hub on loopback, through `inv quantize`."""
+"""A hub on loopback: a recipe with `model: {hub: ...}` through `inv quantize`, and a GGUF through the runtime."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 
-from tests.front_door import inv, inv_json
+from tests.front_door import inv, inv_json, run
 from tests.loopback_hub import GOOD_TOKEN, Faults, LoopbackHub, serve_hub
 from toolchain.base import files
 
@@ -75,3 +76,21 @@ def test_no_hub_at_all_is_a_fetch_error(recipe: Path) -> None:
     done = inv("quantize", recipe, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.returncode == 4, done.stderr
     assert "cannot reach" in done.stderr
+
+
+def test_a_gguf_on_the_hub_is_downloaded_once_and_then_runs_without_a_hub(demo_gguf: Path, tmp_path: Path) -> None:
+    held = tmp_path / "acme"
+    held.mkdir()
+    shutil.copy(demo_gguf, held / "demo-Q4_K_M.gguf")
+    own = {"FOUNDRY_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": None}
+    words = ("-p", "The import statement", "-n", "8", "--seed", "1", "--temp", "0")
+    local = run([sys.executable, "-m", "runtime", "complete", str(demo_gguf), *words], env=own)
+    with serve_hub({"acme/gguf": held}) as hub:
+        argv = [sys.executable, "-m", "runtime", "complete", "acme/gguf:q4_k_m", *words]
+        first = run(argv, env={**own, "HF_ENDPOINT": hub.url})
+    assert first.returncode == 0, first.stderr
+    assert "fetch acme/gguf Q4_K_M" in first.stderr
+    gone = run(argv, env={**own, "HF_ENDPOINT": hub.url})
+    assert gone.returncode == 0, gone.stderr
+    assert "fetch" not in gone.stderr
+    assert first.stdout == gone.stdout == local.stdout != ""

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from tests.loopback_hub import GOOD_TOKEN, OTHER_TOKEN, Faults, LoopbackHub, serve_hub
-from toolchain.stages.hub import HubFile, HubSnapshot, snapshot_dir
-from toolchain.stages.hub_files import choose_files
+from toolchain.hub.conversion_files import choose_files
+from toolchain.hub.repository import RemoteFile
+from toolchain.hub.snapshot import HubSnapshot, snapshot_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 10 * 1024 * 1024  # the client hands bytes to the file in chunks of this size
@@ -32,9 +33,9 @@ CHILD = """
 import dataclasses, json, os, socket, sys
 from pathlib import Path
 from toolchain.base.errors import FoundryError
-from toolchain.stages import hub, hub_errors
+from toolchain.hub import errors, snapshot as hub
 
-hub_errors._FIRST_WAIT_S = 0.01
+errors._FIRST_WAIT_S = 0.01
 resolver = socket.getaddrinfo
 
 def no_names(*args, **kwargs):
@@ -157,7 +158,7 @@ class Stage:
         model = self.hub.models[self.repo]
         names = choose_files(model.files)
         found = [
-            HubFile(
+            RemoteFile(
                 name=name,
                 bytes=len(model.files[name]),
                 sha256=model.hashes[name] if name.endswith((".safetensors", ".model")) else None,
@@ -315,8 +316,9 @@ def test_nothing_is_chosen_without_weights() -> None:
     assert choose_files(["config.json", "README.md", "original/model.safetensors"]) == ()
 
 
-def test_the_module_imports_no_hub_client() -> None:
-    code = "import sys, toolchain.stages.hub; print({'huggingface_hub', 'httpx2'} & set(sys.modules))"
+def test_no_module_imports_the_hub_client() -> None:
+    code = "import sys, runtime.resolve, toolchain.hub.headers, toolchain.hub.snapshot"
+    code += "; print({'huggingface_hub', 'httpx2'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=DEADLINE_S
     )
@@ -593,7 +595,7 @@ def test_a_hub_that_is_busy_for_a_moment_is_no_failure(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("stage", "why", "hint"),
     [
-        ("ggufs", "it holds GGUF files already", "python -m runtime chat FILE.gguf"),
+        ("ggufs", "it holds GGUF files already", "python -m runtime chat acme/ggufs"),
         ("adapter", "it is an adapter", "base model"),
         ("empty", "no model*.safetensors", "transformers weights"),
     ],

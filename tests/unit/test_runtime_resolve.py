@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.resolve import resolve
+from runtime.hub_model import HubName
+from runtime.resolve import Resolved, locate, resolve
 from toolchain.base.errors import ArtifactError, UsageError
 
 
@@ -87,12 +88,31 @@ def test_directory_lists_what_it_holds(project: Path) -> None:
     assert "demo-Q4_K_M.gguf" in caught.value.hint
 
 
-@pytest.mark.parametrize("typed", ["meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b:Q5_K_M"])
-def test_hub_repository_gets_a_recipe_to_write(project: Path, typed: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        resolve(typed, root=project, models=project / "models")
-    assert "model: {hub: meta-llama/Llama-2-7b}" in caught.value.evidence
-    assert "`./inv quantize recipes/llama-2-7b.yaml`" in caught.value.hint
+@pytest.mark.parametrize(
+    ("typed", "repo", "quant"),
+    [
+        ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b", None),
+        ("bartowski/Llama-3.2-1B-Instruct-GGUF:Q5_K_M", "bartowski/Llama-3.2-1B-Instruct-GGUF", "Q5_K_M"),
+        ("acme/many:Model-Q8_0.gguf", "acme/many", "Model-Q8_0.gguf"),
+    ],
+)
+def test_owner_and_name_mean_a_hub_repository(project: Path, typed: str, repo: str, quant: str | None) -> None:
+    assert locate(typed, root=project, models=project / "models") == HubName(repo=repo, quant=quant)
+
+
+def test_a_path_wins_over_a_hub_repository(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme/model").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    assert locate("acme/model", root=project, models=project / "models") == Resolved(path=Path("acme/model"))
+    with pytest.raises(UsageError, match="no file acme/modle"):
+        locate("acme/modle", root=project, models=project / "models")
+
+
+@pytest.mark.parametrize("typed", ["folder/model.gguf", "../owner/repo", "a/b/c", "/owner/repo"])
+def test_what_can_only_be_a_path_is_no_repository(project: Path, typed: str) -> None:
+    with pytest.raises(UsageError, match="no file"):
+        locate(typed, root=project, models=project / "models")
 
 
 def test_result_of_another_size_than_promised_is_refused(project: Path) -> None:

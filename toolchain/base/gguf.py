@@ -22,16 +22,16 @@ from typing import BinaryIO, Final, Literal, Self, TypeAlias
 
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.ggml_types import GGML_TYPES, REMOVED_GGML_TYPES, name_format
-from toolchain.base.gguf_header import U64, GgufHeader, Kind, MetadataValue, StringArray, TensorInfo
+from toolchain.base.gguf_header import U64, GgufHeader, MetadataValue, StringArray, TensorInfo
 
 __all__ = [
     "GGML_TYPES",
     "GgufHeader",
     "HeaderLimits",
-    "Kind",
     "MetadataValue",
     "StringArray",
     "TensorInfo",
+    "parse_header",
     "read_header",
 ]
 
@@ -55,11 +55,16 @@ def read_header(path: Path, *, limits: HeaderLimits = HeaderLimits()) -> GgufHea
         mode = path.stat().st_mode  # before opening: opening a FIFO would wait for its writer
         if stat.S_ISREG(mode):
             with path.open("rb", buffering=_CHUNK) as file:
-                return _parse(_Cursor(file, path, os.fstat(file.fileno()).st_size, limits))
+                return parse_header(file, path, os.fstat(file.fileno()).st_size, limits=limits)
     except OSError as error:
         raise UsageError(f"{path} cannot be read", evidence=str(error), hint="check the path") from error
     hint = "name the .gguf file inside it" if stat.S_ISDIR(mode) else "name a regular file"
     raise UsageError(f"{path} is not a file", hint=hint)
+
+
+def parse_header(file: BinaryIO, path: Path, file_bytes: int, *, limits: HeaderLimits = HeaderLimits()) -> GgufHeader:
+    """As ``read_header``, from anything that reads and seeks; ``path`` is only the name that the header bears."""
+    return _parse(_Cursor(file, path, file_bytes, limits))
 
 
 _NumberCode: TypeAlias = Literal["B", "b", "H", "h", "I", "i", "f", "?", "Q", "q", "d"]

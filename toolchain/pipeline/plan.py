@@ -9,8 +9,9 @@ from toolchain.base import files
 from toolchain.base.errors import UsageError
 from toolchain.base.gguf import read_header
 from toolchain.build.toolchain import Toolchain
+from toolchain.hub import snapshot as hub
 from toolchain.pipeline.recipe import BUILTIN_CORPUS, Recipe
-from toolchain.stages import demo_model, hub
+from toolchain.stages import demo_model
 from toolchain.stages.convert import Convert, check_model_dir, count_params, model_files
 from toolchain.stages.evaluate import Evaluate
 from toolchain.stages.fetch import CopyCorpus, FetchHub, MakeDemo, WriteCorpus

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from toolchain.base import command, files, machine
 from toolchain.base.command import OnProgress
-from toolchain.stages import corpus, demo_model, hub
+from toolchain.hub import snapshot as hub
+from toolchain.stages import corpus, demo_model
 from toolchain.stages.convert import check_model_dir
 from toolchain.stages.stage import Stage, package_version
 

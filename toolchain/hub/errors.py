@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -68,6 +68,10 @@ class Where:
 
 class WrongLengthError(FetchError):
     """The server ended a body, in good order, at another length than it had stated."""
+
+
+class GoneError(FetchError):
+    """The hub no longer has the commit or the file; a listing of earlier days named it."""
 
 
 def patiently(call: Callable[[], _T], where: Where) -> _T:
@@ -234,7 +238,7 @@ def _explain_answer(response: httpx2.Response, where: Where) -> FetchError:
     """A refusal, told by the hub's X-Error-Code where it gives one, else by the status."""
     status, repo, token = response.status_code, where.repo, _token()
     code, said = response.headers.get("X-Error-Code", ""), response.headers.get("X-Error-Message", "")
-    kind = FetchError
+    kind: type[FetchError] = FetchError
     match status, code:
         case _, "GatedRepo" if token:
             message = f"{repo} is gated and your token has no access to it"
@@ -246,9 +250,11 @@ def _explain_answer(response: httpx2.Response, where: Where) -> FetchError:
             message = f"{repo} is gated: it needs an accepted licence and a token"
             hint = f"accept the licence at {HUB}/{repo}, {_LOG_IN}"
         case _, "RevisionNotFound":
+            kind = GoneError
             message = f"{repo} has no revision {where.revision!r}"
             hint = f"see its branches and tags at {HUB}/{repo}/tree/main and set `revision` in the recipe"
         case _, "EntryNotFound":
+            kind = GoneError
             message = f"{where} is gone from the hub"
             hint = "the repository was changed: run `./inv quantize RECIPE --update`"
         case 401, _ if token and code != "RepoNotFound":
@@ -314,13 +320,13 @@ def require_names(repo: str, revision: str) -> None:
         raise UsageError(f"empty revision for {repo}", hint="name a branch, a tag or a commit, e.g. main")
 
 
-def not_convertible(repo: str, names: list[str]) -> FetchError:
+def not_convertible(repo: str, names: Sequence[str]) -> FetchError:
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     shown = "\n".join(names[:20]) + (f"\n... and {len(names) - 20} more" if len(names) > 20 else "")
     if ggufs:
         why, hint = (
             "it holds GGUF files already",
-            "download one of them and `python -m runtime chat FILE.gguf`",
+            f"they need no recipe: `python -m runtime chat {repo}` downloads one and talks with it",
         )
     elif any(name.startswith("adapter_model.") for name in names):
         why, hint = "it is an adapter", "name the base model it was trained on (see its config)"
