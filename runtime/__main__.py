@@ -8,10 +8,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from runtime.commands import chat, complete
+from runtime.commands import bench, chat, complete, embed, plan, tune
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, MissingError
 
-VERBS = (complete, chat)
+VERBS = (chat, complete, embed, plan, tune, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from collections import deque
 from typing import Final
 
 _WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h
-_KEPT_LINES: Final = 200
+_KEPT_LINES: Final = 2000  # a load tells of each layer
 _EVIDENCE_LINES: Final = 12
 
 
@@ -29,6 +29,10 @@ class LibraryLog:
             self._level = level
         *whole, self._open = (self._open + text).split("\n")
         self._lines.extend((self._level, line) for line in whole if line.strip())
+
+    def lines(self) -> list[str]:
+        """The lines that are kept, oldest first."""
+        return [line for _, line in self._lines]
 
     def tail(self) -> str:
         """The last warnings and errors; of a library that gave none, its last lines."""

@@ -38,11 +38,12 @@ _LEAST: Final[Mapping[str, int]] = MappingProxyType(
         "n_threads_batch": 1,
         "n_ubatch": 1,
         "n_batch": 1,
+        "n_cpu_moe": 0,
     }
 )
 _MOST: Final = 2**31 - 1
 _MOST_THREADS: Final = 512  # GGML_MAX_N_THREADS in ggml.h
-NAMES: Final = (*_LEAST, "type_k", "type_v")
+NAMES: Final = (*_LEAST, "type_k", "type_v", "tensor_split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +99,33 @@ def settle(
     """
     chosen = {setting.name: setting for setting in _defaults(machine, n_ctx_train)}
     chosen.update((setting.name, setting) for setting in tuned)
-    layers = (_from_recipe(recipe or {}), _from_env(env or {}), _from_flags(flags or {}))
-    for layer in layers:
-        chosen.update((setting.name, setting) for setting in layer)
+    chosen.update(asked(recipe=recipe, env=env, flags=flags))
     _match_batches(chosen)
     settings = Settings(entries=tuple(chosen[name] for name in NAMES))
     _check_together(settings, n_ctx_train)
     return settings
 
 
+def asked(
+    *,
+    recipe: Mapping[str, object] | None = None,
+    env: Mapping[str, str] | None = None,
+    flags: Mapping[str, Value | None] | None = None,
+) -> dict[str, Setting]:
+    """What somebody asked for, by name, the strongest layer winning: nothing else may change it."""
+    layers = (_from_recipe(recipe or {}), _from_env(env or {}), _from_flags(flags or {}))
+    return {setting.name: setting for layer in layers for setting in layer}
+
+
+def parse_split(text: str) -> tuple[float, ...]:
+    """The shares of a ``tensor_split``, one for each GPU; none for an empty text."""
+    return tuple(float(part) for part in text.split(",")) if text else ()
+
+
 def parse_value(name: str, raw: object, source: str) -> Value:
     """The value of setting ``name`` as ``source`` spells it, checked on its own."""
+    if name == "tensor_split":
+        return _parse_split(raw, source)
     if name in ("type_k", "type_v"):
         spelled = str(raw).lower()
         if spelled not in KV_TYPES:
@@ -135,6 +152,18 @@ def parse_value(name: str, raw: object, source: str) -> Value:
     return value
 
 
+def _parse_split(raw: object, source: str) -> str:
+    """Shares such as ``3,1``, one for each GPU, as llama.cpp's --tensor-split takes them."""
+    spelled = str(raw).replace("/", ",").replace(" ", "")
+    try:
+        shares = parse_split(spelled)
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= share < _MOST for share in shares) or not any(shares):
+        raise UsageError(f"{source}: {raw!r} are no shares", hint="one number for each GPU, such as 3,1")
+    return spelled
+
+
 def near_miss(word: str, known: Iterable[str]) -> str:
     """``did you mean X?`` for the closest known word, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -159,6 +188,8 @@ def _defaults(machine: Machine, n_ctx_train: int | None) -> tuple[Setting, ...]:
         Setting(name="n_batch", value=2048, origin="default", reason="llama.cpp's default"),
         Setting(name="type_k", value="f16", origin="default", reason="llama.cpp's default"),
         Setting(name="type_v", value="f16", origin="default", reason="llama.cpp's default"),
+        Setting(name="n_cpu_moe", value=0, origin="default", reason="experts lie with their layers"),
+        Setting(name="tensor_split", value="", origin="default", reason="all layers on one device"),
     )
 
 

@@ -21,13 +21,14 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk with the model; the text of each reply goes to stdout."""
     sampling = sampling_of(arguments)
-    header, settings = prepare(arguments)
+    prepared = prepare(arguments)
+    header = prepared.header
     from runtime.chat import Session, converse
     from runtime.interrupts import interrupts_noted
     from runtime.template import chat_template
 
     with interrupts_noted() as interrupt:
-        engine = load_engine(header.path, settings, arguments, interrupt)
+        engine = load_engine(prepared, arguments, interrupt)
     with engine:
         session = Session(
             engine=engine,
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             sampling=sampling,
             max_tokens=token_limit(arguments.max_tokens, None),
             stops=tuple(arguments.stop),
-            threads=settings.number("n_threads"),
+            threads=engine.settings.number("n_threads"),
             system=arguments.system or "",
             shows_stats=not arguments.no_stats,
         )

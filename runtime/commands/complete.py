@@ -1,14 +1,23 @@
-"""``complete``: continue a prompt as it stands."""
+"""``complete``: continue a prompt as it stands, or several together."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runtime.commands.options import model_options, reply_options, sampling_of, token_limit
 from runtime.commands.prepare import load_engine, prepare
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from runtime.engine import Engine
+    from runtime.engine.logprobs import TokenLogprob
+    from runtime.engine.reply import Chunk, ReplyStats
+    from runtime.engine.sampling import SamplingOptions
+    from runtime.interrupts import Interrupt
 
 COMPLETE_TOKENS: Final = 512
 """Tokens at most unless asked otherwise: nothing but a limit ends a model that was not taught to end."""
@@ -19,56 +28,154 @@ def add(verbs: Any) -> None:
     one = verbs.add_parser(
         "complete", parents=[model_options(), reply_options()], help="continue a prompt", description=run.__doc__
     )
-    one.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - or nothing reads standard input")
+    one.add_argument(
+        "-p",
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the prompt; - or nothing reads standard input; several are decoded together",
+    )
     one.add_argument("--json", action="store_true", help="one JSON object on stdout: text, figures, settings")
+    one.add_argument("--logprobs", type=int, metavar="N", help="each token's probability and the N likeliest (--json)")
+    one.add_argument(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="guess repetitions of the text so far: faster where there are any; close choices may fall differently",
+    )
     one.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Continue a prompt as it stands, without the chat template."""
-    prompt = _prompt(arguments.prompt)
+    """Continue a prompt as it stands, without the chat template; several prompts are decoded together."""
+    _check(arguments)
+    prompts = [_prompt(given) for given in arguments.prompt or [None]]
     sampling = sampling_of(arguments)
-    header, settings = prepare(arguments)
+    prepared = prepare(arguments, sequences=len(prompts))
     from runtime.engine.reply import stats_line
     from runtime.interrupts import interrupts_noted
     from toolchain.base import console
 
-    pieces: list[str] = []
-    with interrupts_noted() as interrupt, load_engine(header.path, settings, arguments, interrupt) as engine:
-        chunks = engine.stream(
-            engine.tokenize(prompt),
-            sampling,
-            max_tokens=token_limit(arguments.max_tokens, COMPLETE_TOKENS),
-            stops=arguments.stop,
-            interrupt=interrupt,
-        )
-        for chunk in chunks:
-            stats = chunk.stats
-            pieces.append(chunk.text)
-            if not arguments.json:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-    assert stats is not None
+    with (
+        interrupts_noted() as interrupt,
+        load_engine(prepared, arguments, interrupt, sequences=len(prompts)) as engine,
+    ):
+        settings = engine.settings
+        chunks = _chunks(engine, prompts, sampling, arguments, interrupt)
+        replies = _collect(chunks, len(prompts), shows=not arguments.json)
     if arguments.json:
-        figures = {
-            "text": "".join(pieces),
+        found = [reply.as_json() for reply in replies]
+        figures = found[0] if len(found) == 1 else {"replies": found}
+        common = {"seed": sampling.seed, "model": str(prepared.header.path), "settings": settings.as_json()}
+        console.answer_json({**figures, **common})
+    if not arguments.no_stats:
+        for reply in replies:
+            console.say(stats_line(reply.figures, threads=settings.number("n_threads")))
+    cancelled = any(reply.figures.finish_reason == "cancelled" for reply in replies)
+    return INTERRUPTED_EXIT_CODE if cancelled else 0
+
+
+class _Collected:
+    """A reply as it came."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.tokens: list[TokenLogprob] = []
+        self.stats: ReplyStats | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def figures(self) -> ReplyStats:
+        assert self.stats is not None
+        return self.stats
+
+    def take(self, chunk: Chunk) -> None:
+        self.pieces.append(chunk.text)
+        self.stats = chunk.stats
+        if chunk.token:
+            self.tokens.append(chunk.token)
+
+    def as_json(self) -> dict[str, Any]:
+        stats = self.figures
+        figures: dict[str, Any] = {
+            "text": self.text,
             "finish_reason": stats.finish_reason,
             "prompt_tokens": stats.prompt_tokens,
             "completion_tokens": stats.completion_tokens,
             "prompt_tps": round(stats.prompt_tps, 2),
             "generation_tps": round(stats.generation_tps, 2),
             "ttft_ms": round(stats.ttft_ms, 3),
-            "seed": sampling.seed,
-            "model": str(header.path),
-            "settings": settings.as_json(),
         }
-        console.answer_json(figures)
-    elif not "".join(pieces).endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    if not arguments.no_stats:
-        console.say(stats_line(stats, threads=settings.number("n_threads")))
-    return INTERRUPTED_EXIT_CODE if stats.finish_reason == "cancelled" else 0
+        if stats.drafted_tokens:
+            figures |= {"drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens}
+        if self.tokens:
+            figures["logprobs"] = [
+                {**_token_json(each.token, each.piece, each.logprob), "top": [_token_json(*top) for top in each.top]}
+                for each in self.tokens
+            ]
+        return figures
+
+
+def _chunks(
+    engine: Engine,
+    prompts: Sequence[str],
+    sampling: SamplingOptions,
+    arguments: argparse.Namespace,
+    interrupt: Interrupt,
+) -> Iterator[tuple[int, Chunk]]:
+    """(index of the prompt, chunk) as they come."""
+    tokens = [engine.tokenize(prompt) for prompt in prompts]
+    limit = token_limit(arguments.max_tokens, COMPLETE_TOKENS)
+    if len(tokens) > 1:
+        yield from engine.stream_many(tokens, sampling, max_tokens=limit, stops=arguments.stop, interrupt=interrupt)
+        return
+    for chunk in engine.stream(
+        tokens[0],
+        sampling,
+        max_tokens=limit,
+        stops=arguments.stop,
+        interrupt=interrupt,
+        lookup=arguments.lookup,
+        top_logprobs=arguments.logprobs,
+    ):
+        yield 0, chunk
+
+
+def _collect(chunks: Iterable[tuple[int, Chunk]], count: int, *, shows: bool) -> list[_Collected]:
+    """The replies. Shown while they come, in the order of the prompts, with an empty line between them."""
+    from runtime.engine.shown import Shown
+
+    replies = [_Collected() for _ in range(count)]
+    out, shown = Shown(sys.stdout), 0
+    for index, chunk in chunks:
+        replies[index].take(chunk)
+        if not shows:
+            continue
+        if index == shown:
+            out.write(chunk.text)
+        while shown < count and replies[shown].stats:
+            out.write("" if replies[shown].text.endswith("\n") else "\n")
+            shown += 1
+            if shown < count:
+                out.write(f"\n{replies[shown].text}")
+            out.end()
+    return replies
+
+
+def _token_json(token: int, piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"id": token, "text": piece.decode("utf-8", "replace"), "bytes": list(piece), "logprob": round(logprob, 6)}
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.logprobs is not None and not arguments.json:
+        raise UsageError("--logprobs has no place in plain text", hint="add --json")
+    if arguments.logprobs is not None and arguments.logprobs < 0:
+        raise UsageError(f"--logprobs cannot be {arguments.logprobs}", hint="0 or more")
+    if len(arguments.prompt or ()) > 1 and (arguments.logprobs is not None or arguments.lookup):
+        raise UsageError("--logprobs and --lookup go with one prompt", hint="give one -p at a time")
 
 
 def _prompt(given: str | None) -> str:

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
+
+from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime.engine.sampling import SamplingOptions
 
-MODEL_HELP: Final = "a .gguf file, a recipe (recipes/demo.yaml or recipes/demo.yaml:Q8_0) or its name (demo:Q8_0)"
+MODEL_HELP: Final = (
+    "a .gguf file, a recipe (recipes/demo.yaml or recipes/demo.yaml:Q8_0) or its name (demo:Q8_0), "
+    "or a GGUF repository on the hub (owner/repo or owner/repo:Q4_K_M)"
+)
+
+
+SAMPLERS: Final = (
+    ("repeat_penalty", float, "X", "above 1 avoids repetition (1: off)"),
+    ("repeat_last_n", int, "N", "tokens that the three penalties look back over (64)"),
+    ("frequency_penalty", float, "X", "for each time that a token came (0: off)"),
+    ("presence_penalty", float, "X", "for a token that came at all (0: off)"),
+    ("dry_multiplier", float, "X", "against repeated sequences; around 0.8 (0: off)"),
+    ("dry_base", float, "X", "growth of that penalty with the length (1.75)"),
+    ("dry_allowed_length", int, "N", "tokens that may be repeated (2)"),
+    ("dry_penalty_last_n", int, "N", "tokens that DRY looks back over (64)"),
+    ("top_nsigma", float, "N", "draw from logits within N standard deviations of the best (-1: off)"),
+    ("typical", float, "P", "locally typical sampling (1: off)"),
+    ("xtc_probability", float, "P", "chance that XTC takes the likeliest away (0: off)"),
+    ("xtc_threshold", float, "P", "least probability of what XTC takes away (0.1)"),
+    ("dynatemp_range", float, "X", "the temperature follows the entropy within +-X (0: off)"),
+    ("dynatemp_exp", float, "X", "and how (1)"),
+    ("mirostat", int, "1|2", "hold the surprise at a level, instead of all that cuts candidates (0: off)"),
+    ("mirostat_lr", float, "X", "its learning rate (0.1)"),
+    ("mirostat_ent", float, "X", "its level (5)"),
+)
+"""Options of the samplers that are off by default: name, type, placeholder, help."""
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -16,14 +46,25 @@ def model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     engine = options.add_argument_group("the engine", "each also as FOUNDRY_<NAME> in the environment")
-    engine.add_argument("--n-ctx", metavar="N", help="tokens of context (default: 4096, or what the model has)")
-    engine.add_argument("--n-threads", metavar="N", help="for generation (default: cores within the CPU quota)")
-    engine.add_argument("--n-threads-batch", metavar="N", help="for the prompt (default: CPUs within the quota)")
-    engine.add_argument("--n-gpu-layers", metavar="N", help="layers on the GPU, or all")
+    engine.add_argument("--n-ctx", metavar="N", help="tokens of context (default: 4096, the model's, or what fits)")
+    engine.add_argument("--n-threads", metavar="N", help="for generation (default: measured once)")
+    engine.add_argument("--n-threads-batch", metavar="N", help="for the prompt (default: measured once)")
+    engine.add_argument("--n-gpu-layers", metavar="N", help="layers on the GPU, or all (default: planned)")
+    engine.add_argument("--n-cpu-moe", metavar="N", help="layers whose experts stay on the host (default: planned)")
+    engine.add_argument("--tensor-split", metavar="A,B", help="shares of the layers by GPU (default: planned)")
     engine.add_argument("--n-batch", metavar="N", help="prompt tokens per call (default 2048)")
-    engine.add_argument("--n-ubatch", metavar="N", help="prompt tokens per graph (default 512)")
-    engine.add_argument("--type-k", metavar="TYPE", help="type of the key cache (default f16)")
-    engine.add_argument("--type-v", metavar="TYPE", help="type of the value cache (default f16)")
+    engine.add_argument("--n-ubatch", metavar="N", help="prompt tokens per graph (default: 512, planned or measured)")
+    engine.add_argument("--type-k", metavar="TYPE", help="type of the key cache (default: f16, or planned)")
+    engine.add_argument("--type-v", metavar="TYPE", help="type of the value cache (default: f16, or planned)")
+    engine.add_argument(
+        "--no-tune",
+        action="store_true",
+        default=bool(os.environ.get("FOUNDRY_NO_TUNE")),
+        help="compute the threads instead of measuring them once",
+    )
+    engine.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a LoRA adapter; may be repeated"
+    )
     options.add_argument("--verbose", action="store_true", help="the library's log on stderr")
     return options
 
@@ -37,20 +78,57 @@ def reply_options() -> argparse.ArgumentParser:
     reply.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default 40; 0: off)")
     reply.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up P (default 0.95)")
     reply.add_argument("--min-p", type=float, metavar="P", help="at least P times the likeliest (default 0.05)")
-    reply.add_argument("--repeat-penalty", type=float, metavar="X", help="above 1 avoids repetition (default 1: off)")
     reply.add_argument("--seed", type=int, metavar="N", help="same seed, same reply (default: a random one)")
     reply.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the reply; may be repeated")
+    reply.add_argument("--grammar", metavar="FILE|TEXT", help="GBNF that the reply has to follow")
+    reply.add_argument("--json-schema", metavar="FILE|TEXT", help="the reply is JSON that this schema accepts")
     options.add_argument("--no-stats", action="store_true", help="no line of figures after a reply")
+    rare = options.add_argument_group("rarely needed for the reply", "as in llama.cpp, all off by default")
+    rare.add_argument("--logit-bias", action="append", default=[], metavar="ID=BIAS", help="-inf bans; may be repeated")
+    for name, kind, metavar, text in SAMPLERS:
+        rare.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    rare.add_argument(
+        "--dry-sequence-breaker",
+        action="append",
+        metavar="TEXT",
+        help="ends a repetition for DRY, instead of line break, colon, quote and asterisk; may be repeated",
+    )
     return options
 
 
 def sampling_of(arguments: argparse.Namespace) -> SamplingOptions:
     """The sampling that the reply options ask for; the seed is drawn now unless it was given."""
+    from runtime.engine.grammar import read_argument
+    from runtime.engine.json_schema import json_schema_to_gbnf
     from runtime.engine.sampling import SamplingOptions, random_seed
 
-    names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+    names = ("temp", "top_k", "top_p", "min_p", "seed", *(name for name, *_ in SAMPLERS))
     chosen: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return SamplingOptions(**{"seed": random_seed(), **chosen})
+    if arguments.dry_sequence_breaker:
+        chosen["dry_sequence_breakers"] = tuple(arguments.dry_sequence_breaker)
+    if arguments.grammar is not None and arguments.json_schema is not None:
+        raise UsageError("--grammar and --json-schema both say what the reply is", hint="give one of them")
+    if arguments.grammar is not None:
+        chosen["grammar"] = read_argument(arguments.grammar)
+    if arguments.json_schema is not None:
+        chosen["grammar"] = json_schema_to_gbnf(read_argument(arguments.json_schema))
+    return SamplingOptions(**{"seed": random_seed(), **chosen, "logit_bias": _biases(arguments.logit_bias)})
+
+
+def _biases(typed: Sequence[str]) -> dict[int, float]:
+    """``ID=BIAS`` of each; llama.cpp's ``ID+BIAS`` and ``ID-BIAS`` mean the same."""
+    found = {}
+    for text in typed:
+        parts = re.fullmatch(r"(\d+)(?:=|(?=[+-]))(.+)", text.strip())
+        try:
+            if not parts:
+                raise ValueError(text)
+            found[int(parts[1])] = float(parts[2])
+        except ValueError as error:
+            raise UsageError(
+                f"--logit-bias {text}: not a token's id and a number", hint="such as 15043=-1.5, or 15043=-inf"
+            ) from error
+    return found
 
 
 def token_limit(asked: int | None, default: int | None) -> int | None:

@@ -4,47 +4,196 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from runtime.engine import Engine
+    from runtime.engine.adapters import Adapter
+    from runtime.engine.model import Model
     from runtime.interrupts import Interrupt
-    from runtime.settings import Settings
+    from runtime.memory.here import Planned
+    from runtime.memory.plan import MemoryPlan
+    from runtime.model_file import Purpose
+    from runtime.settings import Settings, Value
     from toolchain.base.gguf import GgufHeader
+    from toolchain.base.machine import Machine
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[GgufHeader, Settings]:
-    """The checked header of the model and the settings for it; nothing of the library is touched."""
-    from runtime.memory.context_guard import require_context_fits
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model that is found, checked and planned for; nothing of it is loaded.
+
+    ``recipe`` is the runtime block of the recipe that it came from, ``machine`` what ``settings`` were chosen for.
+    """
+
+    header: GgufHeader
+    settings: Settings
+    planned: Planned
+    recipe: Mapping[str, object]
+    machine: Machine
+
+
+def prepare(arguments: argparse.Namespace, purpose: Purpose = "text", *, sequences: int = 1) -> Prepared:
+    """The model that was typed, with settings for it; the library is asked only where memory is tight.
+
+    ``sequences`` replies are to be decoded together. Raises MemoryFitError, with what would fit, when the model does
+    not.
+    """
+    from runtime.memory.here import all_headers, plan_here
+    from runtime.memory.show import no_fit
     from runtime.model_file import open_model
     from runtime.resolve import resolve
-    from runtime.settings import NAMES, settle
-    from runtime.tune.threads import tuned_threads
-    from toolchain.base import machine
+    from runtime.settings import asked
+    from toolchain.base import console, machine
 
     resolved = resolve(arguments.model)
-    header = open_model(resolved.path)
+    header = open_model(resolved.path, purpose)
     here = machine.probe()
-    settings = settle(
+    settle_with(arguments, header, here, recipe=resolved.runtime)  # a wrong value is told before anything is planned
+    wishes = asked(recipe=resolved.runtime, env=os.environ, flags=flags_of(arguments))
+    planned = plan_here(all_headers(header), wishes, here, adapter_bytes=adapters_bytes(arguments), sequences=sequences)
+    if planned.plan.tight:
+        planned = planned.asking()
+    if not planned.plan.fits:
+        raise no_fit(header.path.name, planned.plan)
+    for warning in planned.plan.warnings:
+        console.warn(warning)
+    settings = settle_with(arguments, header, here, recipe=resolved.runtime, plan=planned.plan)
+    if not arguments.no_tune:
+        settings = with_tuning(settings, header, here, planned)
+    return Prepared(header=header, settings=settings, planned=planned, recipe=resolved.runtime, machine=here)
+
+
+def settle_with(
+    arguments: argparse.Namespace,
+    header: GgufHeader,
+    here: Machine,
+    *,
+    recipe: Mapping[str, object],
+    plan: MemoryPlan | None = None,
+) -> Settings:
+    """Defaults, what ``plan`` and the machine's CPUs call for, and over them what was asked for."""
+    from runtime.settings import settle
+    from runtime.tune.threads import tuned_threads
+
+    return settle(
         machine=here,
         n_ctx_train=header.n_ctx_train,
-        tuned=tuned_threads(here),
-        recipe=resolved.runtime,
+        tuned=(*tuned_threads(here), *(plan.settings if plan else ())),
+        recipe=recipe,
         env=os.environ,
-        flags={name: getattr(arguments, name) for name in NAMES},
+        flags=flags_of(arguments),
     )
-    require_context_fits(header, settings, here)
-    return header, settings
 
 
-def load_engine(path: Path, settings: Settings, arguments: argparse.Namespace, interrupt: Interrupt) -> Engine:
-    """The model in memory; warns when layers were meant for a GPU that this build cannot use."""
+def load_engine(
+    prepared: Prepared, arguments: argparse.Namespace, interrupt: Interrupt, *, sequences: int = 1
+) -> Engine:
+    """The model in memory with its adapters and tuned threads; ``engine.settings`` are those it has in the end.
+
+    A load that runs out of memory is tried once more with what a new plan makes of it.
+    """
     from runtime.engine import load
+    from runtime.memory.back_off import load_with_back_off
+
+    header = prepared.header
+
+    def attempt(settings: Settings) -> Engine:
+        return load(
+            header.path,
+            settings,
+            verbose=arguments.verbose,
+            interrupt=interrupt,
+            sequences=sequences,
+            refine=None if arguments.no_tune else lambda model, chosen: _tuned(model, chosen, prepared, interrupt),
+        )
+
+    check_adapters(header.path, arguments)
+    engine, _ = load_with_back_off(
+        prepared.planned,
+        prepared.settings,
+        attempt,
+        settle=lambda plan: settle_with(arguments, header, prepared.machine, recipe=prepared.recipe, plan=plan),
+        log_lines=lambda engine: engine.model.log.lines(),
+    )
+    try:
+        engine.set_adapters(load_adapters(engine.model, arguments))
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _tuned(model: Model, settings: Settings, prepared: Prepared, interrupt: Interrupt) -> Settings:
+    """The fastest threads for the loaded model: as recorded, or measured now, the first time."""
+    from runtime.tune.at_start import tuned
     from toolchain.base import console
 
-    engine = load(path, settings, verbose=arguments.verbose, interrupt=interrupt)
-    if settings.number("n_gpu_layers") != 0 and not engine.offloads:
-        console.warn("this build has no GPU backend, all layers run on the CPU: `./inv build --define GGML_CUDA=ON`")
-    return engine
+    told: list[str] = []
+
+    def tell(name: str) -> None:
+        if not told:
+            console.say("measuring the fastest threads for this model, once (seconds; --no-tune skips it)")
+        told.append(name)
+
+    found = tuned(model, settings, prepared.header, prepared.machine, interrupt=interrupt, on_setting=tell)
+    return _where_it_fits(found, settings, prepared.planned)
+
+
+def check_adapters(path: Path, arguments: argparse.Namespace) -> None:
+    """Hold each ``--lora`` against the model at ``path``, before gigabytes are loaded; warns of one without effect."""
+    from runtime.engine.adapters import check_adapter, parse_adapter
+    from toolchain.base import console
+    from toolchain.base.gguf import read_header
+
+    base = [read_header(shard) for shard in read_header(path).shard_paths] if arguments.lora else []
+    for typed in arguments.lora:
+        adapter = check_adapter(parse_adapter(typed)[0], base)
+        if adapter.effect:
+            console.warn(f"the adapter {adapter.path.name} {adapter.effect}")
+
+
+def load_adapters(model: Model, arguments: argparse.Namespace) -> list[tuple[Adapter, float]]:
+    """Each ``--lora`` in memory, with its scale."""
+    from runtime.engine.adapters import load_adapter, parse_adapter
+
+    chosen = [parse_adapter(typed) for typed in arguments.lora]
+    return [(load_adapter(model, path), scale) for path, scale in chosen]
+
+
+def with_tuning(settings: Settings, header: GgufHeader, here: Machine, planned: Planned) -> Settings:
+    """``settings`` with what ``tune`` measured here."""
+    from runtime.tune.record import recorded
+    from runtime.tune.threads import apply
+
+    tuning = recorded(header, here, settings)
+    if tuning is None:
+        return settings
+    return _where_it_fits(apply(settings, tuning, here), settings, planned)
+
+
+def _where_it_fits(tuned: Settings, settings: Settings, planned: Planned) -> Settings:
+    """``tuned``, with the micro-batch of ``settings`` where the tuned one would move a layer."""
+    if tuned["n_ubatch"].value == settings["n_ubatch"].value or planned.has_room_for(tuned):
+        return tuned
+    kept = settings["n_ubatch"]
+    return replace(tuned, entries=tuple(kept if entry.name == "n_ubatch" else entry for entry in tuned.entries))
+
+
+def flags_of(arguments: argparse.Namespace) -> dict[str, Value | None]:
+    """The settings among the options; a verb need not have all of them."""
+    from runtime.settings import NAMES
+
+    return {name: getattr(arguments, name, None) for name in NAMES}
+
+
+def adapters_bytes(arguments: argparse.Namespace) -> int:
+    from runtime.engine.adapters import parse_adapter
+    from runtime.memory.footprint import adapter_bytes
+    from toolchain.base.gguf import read_header
+
+    return sum(adapter_bytes(read_header(parse_adapter(typed)[0])) for typed in arguments.lora)

@@ -1,6 +1,7 @@
 """The context: which tokens its cache holds, and the decodes that put them there.
 
 The cache keeps what it holds between calls, and a prompt that begins with the same tokens pays only for the rest.
+How far that goes, and why not to the last common token, is told in ``prefix``.
 """
 
 from __future__ import annotations
@@ -8,27 +9,52 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runtime.engine.model import Model
+from runtime.engine.prefix import TILE_ROWS, Checkpoint, Checkpoints, common_prefix, resumable
 from runtime.engine.reply import FinishReason
 from runtime.interrupts import Interrupt
 from toolchain.base.errors import FoundryError, MemoryFitError, UsageError
+
+if TYPE_CHECKING:
+    from runtime.engine.adapters import Adapter
+    from runtime.settings import Settings
 
 OUT_OF_MEMORY: Final = re.compile(r"failed to allocate|unable to allocate|out of memory|cudaMalloc", re.IGNORECASE)
 """How the library's log says that memory ran out."""
 
 
-class Context:
-    """One llama_context and the tokens in its cache; ``close`` frees it and not the model."""
+PARTIAL_ONLY: Final = 1
+"""LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h: the part of a state that cannot be cut."""
 
-    def __init__(self, *, model: Model, handle: Any, n_ctx: int, n_batch: int) -> None:
+
+class Context:
+    """One llama_context and the tokens in its cache; ``close`` frees it and not the model.
+
+    ``exact`` counts the leading tokens of the cache that were computed as parts of a prompt, which gives the same
+    bits each time; tokens of a reply were computed one by one. ``adapters`` are those at work, with their scales,
+    ``settings`` those that it was made with.
+    """
+
+    def __init__(
+        self, *, model: Model, handle: Any, n_ctx: int, n_batch: int, settings: Settings | None = None
+    ) -> None:
+        lib = model.lib
         self.model = model
         self.handle = handle
         self.n_ctx = n_ctx
         self.n_batch = n_batch
+        self.settings = settings
         self.cached: list[int] = []
-        self._memory = model.lib.llama_get_memory(handle)
+        self.exact = 0
+        self.adapters: tuple[tuple[Adapter, float], ...] = ()
+        self.checkpoints = Checkpoints()
+        self.recurrent = bool(lib.llama_model_is_recurrent(model.handle) or lib.llama_model_is_hybrid(model.handle))
+        self._memory = lib.llama_get_memory(handle)
+        self._block = min(n_batch, lib.llama_n_ubatch(handle))
+        self._n_swa: int = lib.llama_model_n_swa(model.handle)
+        self._forgets = self.recurrent or self._n_swa > 0
 
     def close(self) -> None:
         """Free it; a second call does nothing."""
@@ -47,51 +73,70 @@ class Context:
             )
 
     def reuse(self, tokens: Sequence[int]) -> int:
-        """Keep of the cache what ``tokens`` begins with; the number of tokens kept.
+        """Keep of the cache what ``tokens`` can go on from; the number of tokens kept.
 
-        The last token is always decoded again, since its logits are wanted.
+        The last token is always decoded again, since its logits are wanted. Where all that is common was computed as
+        part of a prompt, what follows has the bits of a run without a cache.
         """
-        same = 0
-        most = min(len(self.cached), len(tokens) - 1)
-        while same < most and self.cached[same] == tokens[same]:
-            same += 1
-        return self.keep(same)
+        shared = min(common_prefix(self.cached, tokens), len(tokens) - 1)
+        count = resumable(shared, len(tokens), self._block) if shared <= self.exact else shared
+        return self.keep(shared if self.recurrent or not self._window_reaches(count) else count)
 
     def keep(self, count: int) -> int:
-        """Cut the cache after ``count`` tokens, or empty it where the model cannot take back a part."""
+        """Cut the cache after ``count`` tokens; the number kept, which is less where the model cannot go back there.
+
+        A sliding window has dropped what it can no longer see, and cannot be entered again further back; a recurrent
+        state holds its last token and no earlier one, but for its checkpoints.
+        """
         lib, memory = self.model.lib, self._memory
         if count < len(self.cached) or lib.llama_memory_seq_pos_max(memory, 0) >= count:
-            kept = count > 0 and lib.llama_memory_seq_rm(memory, 0, count, -1)
-            # A sliding window has dropped its beginning and cannot be entered again there.
-            if not kept or lib.llama_memory_seq_pos_min(memory, 0) > 0:
-                lib.llama_memory_clear(memory, False)
-                count = 0
-            del self.cached[count:]
+            if not (count > 0 and self._window_reaches(count) and lib.llama_memory_seq_rm(memory, 0, count, -1)):
+                count = self._back_to_checkpoint(count)
+            self._cut(count)
         return count
 
+    def clear(self) -> None:
+        """Empty the cache."""
+        self.model.lib.llama_memory_clear(self._memory, False)
+        self._cut(0)
+
+    def fill(self, tokens: Sequence[int], exact: int) -> bool:
+        """Note that a state of ``tokens`` was put into the empty cache; False, and empty, if it is not in there."""
+        if self.model.lib.llama_memory_seq_pos_max(self._memory, 0) != len(tokens) - 1:
+            self.clear()
+            return False
+        self.cached[:] = tokens
+        self.exact = exact
+        return True
+
     def decode_prompt(self, tokens: Sequence[int], interrupt: Interrupt | None) -> bool:
-        """Decode what is not cached, in pieces of ``n_batch``; False when interrupted (the cache stays right)."""
+        """Decode what is not cached, in pieces of ``n_batch``; False when interrupted (the cache stays right).
+
+        The pieces end where those of a cold run end.
+        """
         lib, handle = self.model.lib, self.handle
-        todo = tokens[len(self.cached) :]
-        buffer = (ctypes.c_int32 * len(todo))(*todo)
+        first = len(self.cached)
+        exact = first <= self.exact
+        buffer = (ctypes.c_int32 * (len(tokens) - first))(*tokens[first:])
         watch = lib.ggml_abort_callback(lambda _data: interrupt.raised) if interrupt else None
         if watch:  # only here: it costs a call into Python per graph node, too much for single tokens
             lib.llama_set_abort_callback(handle, watch, None)
         try:
-            for start in range(0, len(todo), self.n_batch):
-                size = min(self.n_batch, len(todo) - start)
-                at = ctypes.cast(ctypes.addressof(buffer) + 4 * start, ctypes.POINTER(ctypes.c_int32))
-                status = lib.llama_decode(handle, lib.llama_batch_get_one(at, size))
-                if status == 0:
-                    self.cached.extend(todo[start : start + size])
-                else:
-                    self.keep(len(self.cached))
+            while (start := len(self.cached)) < len(tokens):
+                end = self._piece_end(start, len(tokens))
+                at = ctypes.cast(ctypes.addressof(buffer) + 4 * (start - first), ctypes.POINTER(ctypes.c_int32))
+                if status := lib.llama_decode(handle, lib.llama_batch_get_one(at, end - start)):
+                    self.keep(start)
                     if self.stopped(status) == "length":
                         raise MemoryFitError(
                             "the cache has no room for the prompt",
                             evidence=self.model.log.tail(),
                             hint="raise --n-ctx",
                         )
+                else:
+                    self.cached.extend(tokens[start:end])
+                    self.exact = end if exact else self.exact
+                    self._note_checkpoint(len(tokens))
                 if interrupt and interrupt.raised:
                     return False
             lib.llama_synchronize(handle)
@@ -110,6 +155,49 @@ class Context:
         if OUT_OF_MEMORY.search(evidence):
             raise too_large("no memory left to go on", evidence)
         raise FoundryError(f"the library failed to decode (status {status})", evidence=evidence)
+
+    def _window_reaches(self, count: int) -> bool:
+        """Whether the cache, cut after ``count`` tokens, still holds all that the next one sees."""
+        oldest = self.model.lib.llama_memory_seq_pos_min(self._memory, 0)
+        return count == len(self.cached) or bool(oldest <= max(0, count - self._n_swa))
+
+    def _cut(self, count: int) -> None:
+        del self.cached[count:]
+        self.exact = min(self.exact, count)
+        self.checkpoints.cut(count)
+
+    def _piece_end(self, start: int, length: int) -> int:
+        """Where the piece ends that begins at ``start``: on a micro-batch's border, or at the checkpoint to be made."""
+        block = self._block
+        end = start + (self.n_batch // block * block if start % block == 0 else block - start % block)
+        mark = self._checkpoint_at(length)
+        return mark if start < mark < end else min(end, length)
+
+    def _checkpoint_at(self, length: int) -> int:
+        """The number of tokens of a prompt after which the state of a model that forgets is kept; 0: nowhere."""
+        return max(0, length - TILE_ROWS) if self._forgets else 0
+
+    def _note_checkpoint(self, length: int) -> None:
+        lib, handle, count = self.model.lib, self.handle, len(self.cached)
+        if count and count == self._checkpoint_at(length):
+            size = lib.llama_state_seq_get_size_ext(handle, 0, PARTIAL_ONLY)
+            if size > self.checkpoints.limit_bytes:
+                return
+            state = (ctypes.c_uint8 * size)()
+            if lib.llama_state_seq_get_data_ext(handle, state, size, 0, PARTIAL_ONLY) == size:
+                self.checkpoints.add(Checkpoint(tokens=count, state=bytes(state)))
+
+    def _back_to_checkpoint(self, count: int) -> int:
+        """Go back to the nearest checkpoint of at most ``count`` tokens, else to none; the number of tokens."""
+        lib, handle, memory = self.model.lib, self.handle, self._memory
+        if found := self.checkpoints.before(count):
+            state = (ctypes.c_uint8 * len(found.state)).from_buffer_copy(found.state)
+            if lib.llama_state_seq_set_data_ext(handle, state, len(found.state), 0, PARTIAL_ONLY) and (
+                lib.llama_memory_seq_rm(memory, 0, found.tokens, -1)
+            ):
+                return found.tokens
+        lib.llama_memory_clear(memory, False)
+        return 0
 
 
 def too_large(message: str, evidence: str) -> MemoryFitError:

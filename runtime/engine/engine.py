@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING
 
+from runtime.engine import session
+from runtime.engine.adapters import Adapter, load_adapter, set_adapters
 from runtime.engine.context import Context
-from runtime.engine.generate import Outcome, generate
-from runtime.engine.reply import Chunk, ReplyStats
-from runtime.engine.sampling import SamplingOptions, build_chain
+from runtime.engine.generate import Outcome, SingleSteps, Watch, generate
+from runtime.engine.reply import Chunk, Reply, ReplyStats
+from runtime.engine.sampling import SamplingOptions
+from runtime.engine.speculate import MOST_SEQUENCES, LookupSteps, can_speculate
+from runtime.engine.text import Pieces
 from runtime.interrupts import Interrupt
+
+if TYPE_CHECKING:  # numpy is left to what needs it: a damaged file is refused before it is imported
+    from runtime.engine.draw import Sampler
+    from runtime.engine.embeddings import Pooling, Vectors
+    from runtime.engine.logprobs import Adjust, Rows
+    from runtime.settings import Settings
 
 
 class Engine:
@@ -19,6 +31,7 @@ class Engine:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.model = context.model
+        self.pieces = Pieces(context.model)
 
     def __enter__(self) -> Engine:
         return self
@@ -30,6 +43,12 @@ class Engine:
         """Free the context and the model; a second call does nothing."""
         self.context.close()
         self.model.close()
+
+    @property
+    def settings(self) -> Settings:
+        """What the context was made with."""
+        assert self.context.settings is not None
+        return self.context.settings
 
     @property
     def n_ctx(self) -> int:
@@ -53,30 +72,44 @@ class Engine:
         max_tokens: int | None = None,
         stops: Sequence[str] = (),
         interrupt: Interrupt | None = None,
+        lookup: bool = False,
+        top_logprobs: int | None = None,
+        adjust: Adjust | None = None,
     ) -> Iterator[Chunk]:
         """Pieces of the reply to the prompt ``tokens`` as they come; the last chunk carries the statistics.
 
         Ends at the model's end of generation, at a stop string, after ``max_tokens`` (None: no limit), when the
-        context is full, or within one token after ``interrupt`` was raised. Raises UsageError when the prompt
-        is empty or leaves no room.
+        context is full, or within one token after ``interrupt`` was raised. ``lookup`` guesses repetitions ahead
+        where the model's cache can take guesses back; see ``speculate.py`` for why it is off unless asked for.
+        ``top_logprobs`` gives each token a chunk with its log-probability and those of so many of the likeliest.
+        ``adjust`` may change each row of logits before a token is drawn from it. Raises UsageError when the prompt
+        is empty or leaves no room, and for sampling options that this model cannot follow.
         """
+        from runtime.engine.logprobs import Logprobs, Rows
+
         context = self.context
         context.require_room(tokens)
-        started = time.perf_counter()
-        cached_tokens = context.reuse(tokens)
-        whole = context.decode_prompt(tokens, interrupt)
-        prompt_done = time.perf_counter()
-        processed_tokens = len(context.cached) - cached_tokens
-        room = self.n_ctx - len(tokens) + 1  # the last token needs no place: it is never decoded
-        limit = room if max_tokens is None else min(room, max_tokens)
-        chain = build_chain(self.model.lib, self.model.n_vocab, sampling, tokens)
+        rows = Rows(self.model, context.handle)
+        sampler = self._sampler(sampling, rows, tokens)
         try:
+            started = time.perf_counter()
+            cached_tokens = context.reuse(tokens)
+            whole = context.decode_prompt(tokens, interrupt)
+            prompt_done = time.perf_counter()
+            processed_tokens = len(context.cached) - cached_tokens
+            reply = Reply(self.pieces, self._limit(tokens, max_tokens), stops)
+            guesses = lookup and can_speculate(self.model)
+            steps = LookupSteps(context, tokens, self._limit(tokens, max_tokens)) if guesses else SingleSteps(context)
+            watch = None
+            if adjust or top_logprobs is not None:
+                logprobs = None if top_logprobs is None else Logprobs(self.model, rows, top_logprobs)
+                watch = Watch(rows, logprobs, adjust)
             if whole:
-                outcome = yield from generate(context, chain, limit, stops, interrupt or Interrupt())
+                outcome = yield from generate(context, reply, sampler.draw, steps, interrupt or Interrupt(), watch)
             else:
                 outcome = Outcome("cancelled", 0, 0, prompt_done)
         finally:
-            self.model.lib.llama_sampler_free(chain)
+            sampler.close()
         stats = ReplyStats(
             prompt_tokens=len(tokens),
             cached_tokens=cached_tokens,
@@ -87,5 +120,110 @@ class Engine:
             generation_seconds=time.perf_counter() - prompt_done,
             ttft_ms=(outcome.first_at - started) * 1000,
             finish_reason=outcome.finish,
+            drafted_tokens=getattr(steps, "drafted", 0),
+            accepted_tokens=getattr(steps, "accepted", 0),
         )
         yield Chunk("", stats)
+
+    def stream_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingOptions | Sequence[SamplingOptions],
+        *,
+        max_tokens: int | None = None,
+        stops: Sequence[str] = (),
+        interrupt: Interrupt | None = None,
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Pieces of the replies to several prompts, with the prompt's index; each reply ends as ``stream``'s do.
+
+        They are decoded together, as many at once as the context has room for (16 at most): a reply takes the room
+        of its prompt and ``max_tokens``, so without a limit they come one after the other. A context that was not
+        made for so many is made anew, and the cache is then empty; it keeps what the prompts begin with in common.
+        ``interrupt`` ends them within one batch.
+        """
+        from runtime.engine.sequences import Request, Together
+
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingOptions) else sampling
+        for tokens in prompts:
+            self.context.require_room(tokens)
+        self._widen(len(prompts))
+        if self.model.lib.llama_n_seq_max(self.context.handle) == 1:
+            for index, (tokens, options) in enumerate(zip(prompts, each, strict=True)):
+                chunks = self.stream(tokens, options, max_tokens=max_tokens, stops=stops, interrupt=interrupt)
+                yield from ((index, chunk) for chunk in chunks)
+            return
+        requests = [
+            Request(
+                index=index, prompt=list(tokens), sampling=options, limit=self._limit(tokens, max_tokens), stops=stops
+            )
+            for index, (tokens, options) in enumerate(zip(prompts, each, strict=True))
+        ]
+        together = Together(
+            context=self.context, pieces=self.pieces, interrupt=interrupt or Interrupt(), waiting=requests
+        )
+        yield from together.run()
+
+    def _widen(self, sequences: int) -> None:
+        """Have a context for so many replies at once; the old one goes first, they may not fit side by side."""
+        from runtime.engine.load import make_context
+
+        old = self.context
+        wanted = min(sequences, MOST_SEQUENCES)
+        if sequences == 1 or old.settings is None or self.model.lib.llama_n_seq_max(old.handle) > wanted:
+            return
+        old.close()
+        try:
+            self.context = make_context(self.model, old.settings, wanted)
+        except BaseException:
+            self.context = make_context(self.model, old.settings)
+            raise
+        finally:
+            set_adapters(self.context, old.adapters)
+
+    def _sampler(self, sampling: SamplingOptions, rows: Rows, tokens: Sequence[int]) -> Sampler:
+        from runtime.engine.draw import Sampler
+
+        return Sampler(self.model, self.context.handle, sampling, rows=rows, pieces=self.pieces, prompt=list(tokens))
+
+    def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
+        """Tokens of a reply at most; the last one needs no place in the context, it is never decoded."""
+        room = self.n_ctx - len(tokens) + 1
+        return room if max_tokens is None else min(room, max_tokens)
+
+    def save_session(self, path: Path, note: Mapping[str, object] = MappingProxyType({})) -> None:
+        """Write what the cache holds to ``path``, with ``note``, any JSON object; errors as of ``session.save``."""
+        session.save(self.context, path, note=note)
+
+    def restore_session(self, path: Path, interrupt: Interrupt | None = None) -> int:
+        """Put what was saved at ``path`` into the cache; the number of tokens. Errors as of ``session.restore``."""
+        session.restore(self.context, path, interrupt=interrupt)
+        return len(self.context.cached)
+
+    def load_adapter(self, path: Path) -> Adapter:
+        """The LoRA adapter at ``path`` in memory, at work nowhere yet; errors as of ``adapters.check_adapter``."""
+        return load_adapter(self.model, path)
+
+    def set_adapters(self, chosen: Sequence[tuple[Adapter, float]]) -> None:
+        """Let exactly these adapters work, each at its scale; the cache is emptied when anything changes."""
+        set_adapters(self.context, chosen)
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+    ) -> Vectors:
+        """One vector for each text, float32 [n_texts, n_embd], with the adapters at work; the cache is not touched.
+
+        Each call makes a context of its own: for many calls hold an ``Embedder``, whose terms these are.
+        """
+        from runtime.engine.embeddings import Embedder
+
+        assert self.context.settings is not None
+        embedder = Embedder(self.model, self.context.settings, pooling=pooling, adapters=self.context.adapters)
+        try:
+            return embedder.embed(embedder.tokenize(texts, truncate=truncate), normalize=normalize)
+        finally:
+            embedder.close()

@@ -1,22 +1,22 @@
-"""The loop per token: four C calls (sample, end-of-generation test, piece, decode) on buffers made once."""
+"""The loop per token: draw, take its text, decode it; on buffers and objects made once."""
 
 from __future__ import annotations
 
-import codecs
 import ctypes
 import time
-from collections.abc import Generator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from runtime.engine.context import Context
-from runtime.engine.reply import Chunk, FinishReason, StopSplitter
+from runtime.engine.reply import Chunk, FinishReason, Reply
 from runtime.interrupts import Interrupt
 
-_PIECE_BYTES: Final = 256
+if TYPE_CHECKING:
+    from runtime.engine.logprobs import Adjust, Logprobs, Rows, TokenLogprob
 
 
 class Outcome(NamedTuple):
-    """How a generation went; ``first_at`` is when its first token was drawn."""
+    """How a generation went; ``first_at`` is when its first token was drawn, ``steps`` the tokens decoded."""
 
     finish: FinishReason
     tokens: int
@@ -24,51 +24,102 @@ class Outcome(NamedTuple):
     first_at: float
 
 
+class Steps(Protocol):
+    """Brings about the logits that follow a token; they are then in row ``row`` of the last batch."""
+
+    row: int
+
+    def advance(self, token: int) -> int:
+        """Go on behind ``token``; what ``llama_decode`` returns."""
+        ...
+
+    def finish(self) -> None:
+        """Leave in the cache what was advanced over and nothing else."""
+        ...
+
+
+class SingleSteps:
+    """One token, one decode."""
+
+    row = -1
+
+    def __init__(self, context: Context) -> None:
+        lib = context.model.lib
+        self._handle = context.handle
+        self._decode = lib.llama_decode
+        self._one = (ctypes.c_int32 * 1)()
+        self._batch = lib.llama_batch_get_one(self._one, 1)
+        self._remember = context.cached.append
+
+    def advance(self, token: int) -> int:
+        """Decode it."""
+        self._one[0] = token
+        status: int = self._decode(self._handle, self._batch)
+        if not status:
+            self._remember(token)
+        return status
+
+    def finish(self) -> None:
+        """Nothing is ever decoded ahead."""
+
+
+class Watch:
+    """Looks at a row of logits before a token is drawn from it: keeps its probabilities, lets a hook change it."""
+
+    def __init__(self, rows: Rows, logprobs: Logprobs | None, adjust: Adjust | None) -> None:
+        self._rows = rows
+        self._logprobs = logprobs
+        self._adjust = adjust
+
+    def before(self, row: int) -> None:
+        if self._logprobs:
+            self._logprobs.look(row)
+        if self._adjust:
+            self._adjust(self._rows[row])
+
+    def after(self, token: int) -> TokenLogprob | None:
+        return self._logprobs.of(token) if self._logprobs else None
+
+
 def generate(
-    context: Context, chain: Any, limit: int, stops: Sequence[str], interrupt: Interrupt
+    context: Context,
+    reply: Reply,
+    draw: Callable[[int], int],
+    steps: Steps,
+    interrupt: Interrupt,
+    watch: Watch | None = None,
 ) -> Generator[Chunk, None, Outcome]:
-    """Up to ``limit`` tokens as text, never cut inside a character; how it went is the generator's value."""
-    lib, handle, vocab = context.model.lib, context.handle, context.model.vocab
-    sample, is_end = lib.llama_sampler_sample, lib.llama_vocab_is_eog
-    to_piece, decode = lib.llama_token_to_piece, lib.llama_decode
-    one = (ctypes.c_int32 * 1)()
-    batch = lib.llama_batch_get_one(one, 1)
-    piece: Any = (ctypes.c_char * _PIECE_BYTES)()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    to_text, remember = decoder.decode, context.cached.append
-    splitter = StopSplitter(stops) if stops else None
-    finish: FinishReason = "length"
-    tokens = steps = 0
-    first_at = time.perf_counter()
-    while tokens < limit:
-        token = sample(chain, handle, -1)
-        if not tokens:
-            first_at = time.perf_counter()
-        if is_end(vocab, token):
-            finish = "stop"
-            break
-        tokens += 1
-        size = to_piece(vocab, token, piece, _PIECE_BYTES, 0, False)
-        text = to_text(piece[:size] if size >= 0 else context.model.long_piece(token, -size))
-        if splitter:
-            text, found = splitter.feed(text)
-            if found:
-                if text:
-                    yield Chunk(text)
-                return Outcome("stop", tokens, steps, first_at)
-        if text:
-            yield Chunk(text)
-        if tokens == limit:
-            break
-        if interrupt.raised:
-            finish = "cancelled"
-            break
-        one[0] = token
-        if status := decode(handle, batch):
-            finish = context.stopped(status)
-            break
-        remember(token)
-        steps += 1
-    if rest := (splitter.flush() if splitter else "") + to_text(b"", True):
-        yield Chunk(rest)
-    return Outcome(finish, tokens, steps, first_at)
+    """The reply as text, never cut inside a character; how it went is the generator's value.
+
+    When the consumer leaves early, the cache holds the tokens that were decoded and says so.
+    """
+    take, advance = reply.take, steps.advance
+    before = len(context.cached)
+    info: TokenLogprob | None = None
+    count = 0
+    first_at = 0.0
+    try:
+        while reply.finish is None:
+            if watch:
+                watch.before(steps.row)
+            token = draw(steps.row)
+            if not first_at:
+                first_at = time.perf_counter()
+            text, counted = take(token), reply.tokens
+            if watch:
+                info = watch.after(token) if counted > count else None
+                count = counted
+            if text or info:
+                yield Chunk(text, None, info)
+            if reply.finish:
+                break
+            if interrupt.raised:
+                reply.finish = "cancelled"
+            elif status := advance(token):
+                reply.finish = context.stopped(status)
+        done = len(context.cached) - before
+        if rest := reply.rest():
+            yield Chunk(rest)
+    finally:
+        steps.finish()
+    return Outcome(reply.finish or "stop", reply.tokens, done, first_at or time.perf_counter())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -10,6 +11,8 @@ from typing import Any, Final
 from runtime.engine.context import OUT_OF_MEMORY, Context, too_large
 from runtime.engine.engine import Engine
 from runtime.engine.model import Model
+from runtime.engine.placement import apply_placement
+from runtime.engine.speculate import MOST_SEQUENCES, OUTPUT_ROWS
 from runtime.interrupts import Interrupt
 from runtime.library import import_library, route_log
 from runtime.settings import Settings
@@ -21,15 +24,27 @@ KV_TYPE_IDS: Final = MappingProxyType(
 )
 
 
-def load(path: Path, settings: Settings, *, verbose: bool = False, interrupt: Interrupt | None = None) -> Engine:
+def load(
+    path: Path,
+    settings: Settings,
+    *,
+    verbose: bool = False,
+    interrupt: Interrupt | None = None,
+    sequences: int = 1,
+    refine: Callable[[Model, Settings], Settings] | None = None,
+) -> Engine:
     """Load the checked GGUF at ``path``. ``interrupt`` ends the loading with KeyboardInterrupt.
+
+    ``sequences`` replies can be decoded together (``Engine.stream_many``, 16 at most); they share the context.
+    ``refine`` may change the settings of the context once the model is in memory.
 
     Raises MissingError without a usable library, MemoryFitError when memory runs out, ArtifactError when the
     library refuses the file, UsageError when it refuses the settings.
     """
     model = load_model(path, settings, verbose=verbose, interrupt=interrupt)
     try:
-        return Engine(make_context(model, settings))
+        refined = refine(model, settings) if refine else settings
+        return Engine(make_context(model, refined, sequences))
     except BaseException:
         model.close()
         raise
@@ -41,11 +56,12 @@ def load_model(path: Path, settings: Settings, *, verbose: bool = False, interru
     log = route_log(lib, verbose)
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = settings.number("n_gpu_layers")
+    kept = apply_placement(lib, params, settings)
     watch = lib.llama_progress_callback(lambda _done, _data: not interrupt.raised) if interrupt else None
     if watch:
         params.progress_callback = watch
     handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+    del kept  # the parameters pointed at it
     if interrupt and interrupt.raised:
         if handle:
             lib.llama_model_free(handle)
@@ -62,24 +78,29 @@ def load_model(path: Path, settings: Settings, *, verbose: bool = False, interru
     return Model(lib=lib, log=log, handle=handle, path=path)
 
 
-def make_context(model: Model, settings: Settings) -> Context:
+def make_context(model: Model, settings: Settings, sequences: int = 1) -> Context:
     """A context of ``model``: MemoryFitError when its cache or buffers do not fit, UsageError when it is refused."""
     lib = model.lib
-    handle = lib.llama_init_from_model(model.handle, _context_params(lib, settings))
+    handle = lib.llama_init_from_model(model.handle, _context_params(lib, settings, sequences))
     if not handle:
         evidence = model.log.tail()
         if OUT_OF_MEMORY.search(evidence):
             raise too_large(f"the context of {settings.number('n_ctx')} tokens does not fit in memory", evidence)
         raise UsageError("the library refuses these settings", evidence=evidence)
     n_ctx = min(settings.number("n_ctx"), lib.llama_n_ctx(handle))  # the library rounds up to 256
-    return Context(model=model, handle=handle, n_ctx=n_ctx, n_batch=lib.llama_n_batch(handle))
+    n_batch = lib.llama_n_batch(handle)
+    return Context(model=model, handle=handle, n_ctx=n_ctx, n_batch=n_batch, settings=settings)
 
 
-def _context_params(lib: Any, settings: Settings) -> Any:
+def _context_params(lib: Any, settings: Settings, sequences: int) -> Any:
     params = lib.llama_context_default_params()
     for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
         setattr(params, name, settings.number(name))
     params.type_k = KV_TYPE_IDS[settings.text("type_k")]
     params.type_v = KV_TYPE_IDS[settings.text("type_v")]
-    params.n_outputs_max = 1  # only the last token's logits are read; the default reserves n_batch rows of them
+    if sequences > 1:
+        params.n_seq_max = 1 + min(sequences, MOST_SEQUENCES)  # the first holds what the others begin with
+        params.kv_unified = True  # cells for whichever sequence needs them, and shared beginnings stored once
+    params.swa_full = False  # a sliding window keeps what it can see; the library's own tools do the same
+    params.n_outputs_max = max(OUTPUT_ROWS, params.n_seq_max)  # rows of logits; the default reserves n_batch of them
     return params

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from runtime.engine.identity import gguf_identity
 from runtime.library_log import LibraryLog
 from toolchain.base.errors import UsageError
 
@@ -25,6 +27,12 @@ class Model:
         self.vocab = lib.llama_model_get_vocab(handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
 
+    @cached_property
+    def identity(self) -> str:
+        """Which file it was loaded from, as of ``gguf_identity``."""
+        assert self.path is not None
+        return gguf_identity(self.path)
+
     def close(self) -> None:
         """Free it; a second call does nothing. Its contexts have to be freed before."""
         if self.handle:
@@ -33,20 +41,27 @@ class Model:
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of ``text`` with special tokens parsed, and with the BOS that the model wants exactly once."""
+        tokens = self._tokens(text, framed=False)
+        bos = self.lib.llama_vocab_bos(self.vocab)
+        if bos >= 0 and self.lib.llama_vocab_get_add_bos(self.vocab) and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tokens
+
+    def tokenize_framed(self, text: str) -> list[int]:
+        """Tokens of a whole text, between the special tokens that the model wants before and after it."""
+        return self._tokens(text, framed=True)
+
+    def _tokens(self, text: str, *, framed: bool) -> list[int]:
         lib, raw = self.lib, text.encode("utf-8", "replace")
         # No tokenizer makes more tokens than bytes, but for a prefix space and the like.
         buffer = (ctypes.c_int32 * (len(raw) + 8))()
-        count = lib.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), False, True)
+        count = lib.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), framed, True)
         if -_INT32_MAX <= count < -len(buffer):  # INT32_MIN: more than the library can count
             buffer = (ctypes.c_int32 * -count)()
-            count = lib.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), False, True)
+            count = lib.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), framed, True)
         if count < 0:
             raise UsageError(f"the prompt of {len(raw)} bytes cannot be tokenized", hint="shorten it")
-        tokens = list(buffer[:count])
-        bos = lib.llama_vocab_bos(self.vocab)
-        if bos >= 0 and lib.llama_vocab_get_add_bos(self.vocab) and tokens[:1] != [bos]:
-            tokens.insert(0, bos)
-        return tokens
+        return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
         """The bytes that ``token`` stands for, maybe a part of a character; empty for a control token."""

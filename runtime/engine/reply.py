@@ -1,10 +1,15 @@
-"""What a reply consists of: pieces of text, then figures; and where a stop string ends it."""
+"""What a reply consists of: pieces of text, then figures; and where it ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from runtime.engine.text import Pieces, TextStream
+
+if TYPE_CHECKING:
+    from runtime.engine.logprobs import TokenLogprob
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 """``stop``: the model ended or a stop string came; ``length``: the limit or the context; ``cancelled``: Ctrl-C."""
@@ -16,7 +21,8 @@ class ReplyStats:
 
     ``prompt_tokens`` counts all of the prompt, ``cached_tokens`` those that were in the cache already and
     ``processed_tokens`` those that ``prompt_seconds`` timed (fewer than the rest only after Ctrl-C);
-    ``generation_steps`` counts the decodes after the prompt's, which ``generation_seconds`` timed.
+    ``generation_steps`` counts the tokens that were decoded after the prompt, which ``generation_seconds`` timed;
+    ``drafted_tokens`` those that were guessed ahead, ``accepted_tokens`` the guesses that were right.
     """
 
     prompt_tokens: int
@@ -28,6 +34,8 @@ class ReplyStats:
     generation_seconds: float
     ttft_ms: float
     finish_reason: FinishReason
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prompt_tps(self) -> float:
@@ -39,12 +47,55 @@ class ReplyStats:
         return _rate(self.generation_steps, self.generation_seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of the reply; the last one carries the figures (and often no text)."""
+class Chunk(NamedTuple):
+    """A piece of the reply; the last one carries the figures (and often no text).
+
+    ``token`` is there when log-probabilities were asked for: then each token has a chunk of its own, without text
+    while a character or a possible stop string is unfinished.
+    """
 
     text: str
     stats: ReplyStats | None = None
+    token: TokenLogprob | None = None
+
+
+class Reply:
+    """One reply in the making: its tokens counted and turned into text, until ``finish`` says why it ended."""
+
+    __slots__ = ("_limit", "_pieces", "_splitter", "_text", "finish", "tokens")
+
+    def __init__(self, pieces: Pieces, limit: int, stops: Sequence[str]) -> None:
+        self._pieces = pieces
+        self._limit = limit
+        self._text = TextStream()
+        self._splitter = StopSplitter(stops) if any(stops) else None
+        self.tokens = 0
+        self.finish: FinishReason | None = None if limit > 0 else "length"
+
+    def take(self, token: int) -> str:
+        """The text that ``token`` completes, maybe none; sets ``finish`` at the end, a stop string or the limit."""
+        piece = self._pieces[token]
+        if piece is None:
+            self.finish = "stop"
+            return ""
+        self.tokens += 1
+        if self.tokens == self._limit:
+            self.finish = "length"
+        text = self._text.feed(piece)
+        if self._splitter:
+            text, found = self._splitter.feed(text)
+            if found:
+                self.finish = "stop"
+                self._text = TextStream()
+        return text
+
+    def rest(self) -> str:
+        """What was held back when the reply ended, and is no part of a stop string."""
+        end = self._text.flush()
+        if not self._splitter:
+            return end
+        text, found = self._splitter.feed(end)
+        return text if found else text + self._splitter.flush()
 
 
 def stats_line(stats: ReplyStats, *, threads: int) -> str:

@@ -33,7 +33,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FOUNDRY_")}
     # Threads that wait for each other by spinning crawl when other work holds a CPU: let them sleep soon.
     patient = {"GOMP_SPINCOUNT": "100"}
-    own = {"FOUNDRY_HOME": str(tmp_path / "home"), "TERM": "dumb", "PYTHONPATH": str(PROJECT_ROOT)}
+    own = {
+        "FOUNDRY_HOME": str(tmp_path / "home"),
+        "FOUNDRY_NO_TUNE": "1",
+        "TERM": "dumb",
+        "PYTHONPATH": str(PROJECT_ROOT),
+    }
     return {**clean, **patient, **own}
 
 
@@ -77,6 +82,17 @@ def complete_json(environment: dict[str, str], model: Path, *arguments: object, 
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
     return found
+
+
+def test_first_start_measures_and_the_figures_come_last(environment: dict[str, str], demo_gguf: Path) -> None:
+    done = run({**environment, "FOUNDRY_NO_TUNE": ""}, "complete", demo_gguf, "-p", PROMPT, "-n", 4)
+    assert done.returncode == 0, done.stderr
+    told, figures = done.stderr.splitlines()
+    assert "once (seconds; --no-tune skips it)" in told
+    assert figures.startswith("4 tokens, ")
+    again = run({**environment, "FOUNDRY_NO_TUNE": ""}, "complete", demo_gguf, "-p", PROMPT, "-n", 4, "--n-threads", 1)
+    assert again.returncode == 0, again.stderr
+    assert "; 1 thread" in again.stderr
 
 
 def test_complete_prints_text_and_one_line_of_figures(environment: dict[str, str], demo_gguf: Path) -> None:

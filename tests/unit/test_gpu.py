@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,22 @@ print(json.dumps([[dataclasses.asdict(gpu) for gpu in gpus], driver and dataclas
 """
 
 
-def seen(env: dict[str, str]) -> tuple[list[str], dict[str, object] | None]:
-    """(names, driver) that a fresh process sees."""
+def asked(env: dict[str, str]) -> tuple[list[dict[str, object]], dict[str, object] | None]:
+    """(GPUs, driver) that a fresh process sees."""
     done = subprocess.run(
         [sys.executable, "-c", ASK], cwd=ROOT, env=environment(env), capture_output=True, text=True, check=True
     )
     gpus, driver = json.loads(done.stdout)
+    return gpus, driver
+
+
+def described(env: dict[str, str]) -> list[dict[str, object]]:
+    return asked(env)[0]
+
+
+def seen(env: dict[str, str]) -> tuple[list[object], dict[str, object] | None]:
+    """(names, driver) that a fresh process sees."""
+    gpus, driver = asked(env)
     return [gpu["name"] for gpu in gpus], driver
 
 
@@ -39,6 +50,18 @@ def test_gpus_and_driver_are_told_by_nvml(tmp_path: Path) -> None:
     assert driver == {"version": "580.65.06", "cuda": [13, 0]}
     assert seen({**env, "CUDA_VISIBLE_DEVICES": ""})[0] == []
     assert seen({**env, "CUDA_VISIBLE_DEVICES": "GPU-bb"})[0] == [LARGE.name]
+
+
+def test_free_memory_and_peaks_are_told_by_nvml(tmp_path: Path) -> None:
+    card = replace(SMALL, free_bytes=11 << 30, bandwidth_bytes_s=360e9, flops=12.8e12)
+    (told,) = described(write_nvml(tmp_path, [card]))
+    assert (told["memory_bytes"], told["free_bytes"], told["shares_memory"]) == (12 << 30, 11 << 30, False)
+    assert (told["bandwidth_bytes_s"], told["flops"]) == (360e9, 12.8e12)
+
+
+def test_a_gpu_without_memory_of_its_own_shares_the_machines(tmp_path: Path) -> None:
+    (told,) = described(write_nvml(tmp_path, [Gpu(name="Orin", capability=(8, 7), shares_memory=True)]))
+    assert (told["memory_bytes"], told["shares_memory"], told["bandwidth_bytes_s"]) == (0, True, 0.0)
 
 
 def test_a_driver_that_does_not_answer_is_no_driver(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from runtime.engine.context import Context
 from runtime.engine.model import Model
 from runtime.engine.reply import Chunk, StopSplitter
 from runtime.engine.sampling import SamplingOptions
+from runtime.engine.shown import Shown
+from runtime.engine.text import TextStream
 from runtime.interrupts import Interrupt
 from runtime.library_log import LibraryLog
 from toolchain.base.errors import FoundryError, MemoryFitError, UsageError
@@ -134,6 +137,32 @@ def test_library_without_room_ends_the_reply() -> None:
     assert (stats.completion_tokens, stats.finish_reason) == (2, "length")
 
 
+def test_no_tokens_asked_for_is_no_token_drawn() -> None:
+    library = ScriptedLibrary([b"a"])
+    stats = list(engine_on(library).stream([1, 2, 3], GREEDY, max_tokens=0))[-1].stats
+    assert stats is not None
+    assert (stats.completion_tokens, stats.finish_reason, library.drawn) == (0, "length", 0)
+
+
+def test_reader_that_leaves_frees_the_sampler_and_keeps_what_was_decoded() -> None:
+    library = ScriptedLibrary([b"a"] * 9)
+    engine = engine_on(library)
+    chunks = engine.stream([11, 12, 13], GREEDY)
+    next(chunks)
+    next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    assert (library.freed, library.held) == (1, 4)
+    assert engine.context.cached == [11, 12, 13, 1]
+
+
+def test_piece_of_a_token_is_asked_for_once() -> None:
+    library = ScriptedLibrary([b"a"] * 3)
+    engine = engine_on(library)
+    assert text_of(list(engine.stream([11], GREEDY))) == "aaa"
+    library.pieces, library.drawn = [b"b"] * 3, 0
+    assert text_of(list(engine.stream([11], GREEDY))) == "aaa"
+
+
 def test_failing_decode_is_an_error_and_frees_the_sampler() -> None:
     library = ScriptedLibrary([b"a"] * 9, statuses=[0, -3])
     with pytest.raises(FoundryError, match="status -3"):
@@ -215,11 +244,55 @@ def test_earliest_of_several_stop_strings_wins() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temp": -1.0}, {"temp": float("nan")}, {"top_p": 0.0}, {"min_p": 1.0}, {"seed": -1}, {"repeat_penalty": 0.0}],
+    [
+        {"temp": -1.0},
+        {"temp": float("nan")},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+        {"seed": -1},
+        {"repeat_penalty": 0.0},
+        {"typical": 0.0},
+        {"mirostat": 3},
+        {"xtc_probability": 1.5},
+        {"dry_base": 0.5},
+        {"repeat_last_n": -1},
+        {"logit_bias": {1: float("nan")}},
+        {"logit_bias": {1: float("inf")}},
+    ],
 )
-def test_sampling_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+def test_sampling_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        SamplingOptions(**wrong)  # type: ignore[arg-type]
+        SamplingOptions(**wrong)
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_text_is_the_same_however_its_bytes_are_cut(cut: int) -> None:
+    raw = "Zoë 🦙 ok".encode()
+    stream, text = TextStream(), ""
+    for start in range(0, len(raw), cut):
+        piece = raw[start : start + cut]
+        try:
+            text += stream.feed(piece.decode())
+        except UnicodeDecodeError:
+            text += stream.feed(piece)
+    assert text + stream.flush() == "Zoë 🦙 ok"
+
+
+def test_whole_piece_behind_a_broken_character_marks_it() -> None:
+    stream = TextStream()
+    assert stream.feed("🦙".encode()[:2]) + stream.feed("a") == "\ufffda"
+
+
+def test_fast_text_is_flushed_now_and_then_and_slow_text_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, flushes = iter([1.0, 1.001, 1.002, 1.1, 1.2]), []
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "flush", lambda: flushes.append(stream.getvalue()), raising=False)
+    shown = Shown(stream)
+    for text in "abcde":
+        shown.write(text)
+    shown.end()
+    assert flushes == ["a", "abcd", "abcde", "abcde"]
 
 
 def test_library_log_keeps_errors_as_evidence_and_stays_silent(capsys: pytest.CaptureFixture[str]) -> None:

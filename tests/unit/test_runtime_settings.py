@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.settings import ALL_LAYERS, NAMES, Setting, Settings, Value, settle
+from runtime.settings import ALL_LAYERS, NAMES, Setting, Settings, Value, asked, parse_split, settle
 from tests.described import machine
 from toolchain.base.errors import UsageError
 from toolchain.base.gpu import Gpu
@@ -67,6 +67,23 @@ def test_bad_cache_type_suggests_the_near_one() -> None:
     with pytest.raises(UsageError) as caught:
         settled(flags={"type_k": "q8-0"})
     assert "did you mean q8_0?" in caught.value.hint
+
+
+def test_shares_of_gpus_are_numbers_with_commas() -> None:
+    assert settled(env={"FOUNDRY_TENSOR_SPLIT": "3/1"}).text("tensor_split") == "3,1"
+    assert parse_split("3,1") == (3.0, 1.0)
+    for wrong in ("three", "0,0", "1,,2", "-1,2", "nan"):
+        with pytest.raises(UsageError, match="no shares"):
+            settled(flags={"tensor_split": wrong})
+
+
+def test_what_was_asked_for_is_told_apart_from_what_was_chosen() -> None:
+    given = asked(recipe={"n_ctx": 64, "kv_type": "q8_0"}, env={"FOUNDRY_N_CTX": "128"}, flags={"n_ubatch": None})
+    assert {name: (each.value, each.origin) for name, each in given.items()} == {
+        "n_ctx": (128, "env"),
+        "type_k": ("q8_0", "recipe"),
+        "type_v": ("q8_0", "recipe"),
+    }
 
 
 def test_unknown_recipe_setting_suggests_the_near_one() -> None:

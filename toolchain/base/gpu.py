@@ -8,18 +8,28 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU. ``capability`` is its compute capability, (8, 9) for sm_89; None when only the kernel shows it."""
+    """One GPU. ``capability`` is its compute capability, (8, 9) for sm_89; None when only the kernel shows it.
+
+    ``memory_bytes`` is 0 where it is not known or where the GPU ``shares_memory`` with the machine; ``free_bytes`` is
+    what of it nobody uses now. ``bandwidth_bytes_s`` (reading its memory) and ``flops`` (f32, without tensor cores)
+    are peaks that follow from its clocks; 0 where the driver does not tell.
+    """
 
     name: str
     memory_bytes: int = 0
     capability: tuple[int, int] | None = None
     uuid: str = ""
+    free_bytes: int = 0
+    shares_memory: bool = False
+    bandwidth_bytes_s: float = 0.0
+    flops: float = 0.0
 
     @property
     def arch(self) -> str:
@@ -101,15 +111,36 @@ def _describe(handle: object) -> Gpu:
 
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     try:
-        memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        memory_bytes, free_bytes, shares_memory = int(memory.total), int(memory.free), False
     except pynvml.NVMLError:  # GPUs that share the machine's memory have none of their own
-        memory_bytes = 0
+        memory_bytes, free_bytes, shares_memory = 0, 0, True
+    bus_bits = _figure(lambda: pynvml.nvmlDeviceGetMemoryBusWidth(handle))
+    memory_mhz = _figure(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM))
+    cores = _figure(lambda: pynvml.nvmlDeviceGetNumGpuCores(handle))
+    core_mhz = _figure(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM))
     return Gpu(
         name=_text(pynvml.nvmlDeviceGetName(handle)),
         memory_bytes=memory_bytes,
         capability=(int(major), int(minor)),
         uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
+        free_bytes=free_bytes,
+        shares_memory=shares_memory,
+        # two transfers a clock, and a multiplication with an addition a clock (CUDA C++ Best Practices Guide,
+        # "Theoretical Bandwidth Calculation"): 9751 MHz on 384 bits are the 936 GB/s of an RTX 3090's data sheet
+        bandwidth_bytes_s=2e6 * memory_mhz * bus_bits / 8,
+        flops=2e6 * core_mhz * cores,
     )
+
+
+def _figure(ask: Callable[[], int]) -> int:
+    """What the driver answers; 0 for a question that it or this GPU does not know."""
+    import pynvml
+
+    try:
+        return int(ask())
+    except pynvml.NVMLError:
+        return 0
 
 
 def _text(value: str | bytes) -> str:

@@ -1,7 +1,7 @@
-"""What this machine has: CPUs that we may use, memory, compilers, GPUs.
+"""What this machine has: CPUs that we may use (``topology.py``), memory, compilers, GPUs.
 
 Everything is read from files (cgroup v1 and v2, /proc, /sys), below a root that tests can replace; no
-process is started except once per compiler, for its version.
+process is started except once per compiler, for its version, and on macOS.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import psutil
 from toolchain.base import command, files
 from toolchain.base.errors import MissingError
 from toolchain.base.gpu import Driver, Gpu, probe_gpus
+from toolchain.base.topology import Cpus, cgroup_folders, read_cpus, read_text
 
 WRAPPERS = frozenset({"ccache", "sccache", "distcc"})
 """What stands before a compiler: its file tells nothing of the compiler's version, which is asked each time."""
@@ -44,57 +45,36 @@ class Compiler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A machine as a process on it may use it.
+class Machine(Cpus):
+    """A machine as a process on it may use it: its CPUs, and beside them memory and GPUs.
 
-    ``cpus`` counts logical CPUs in our affinity mask, ``cores`` the physical cores behind them,
-    ``quota`` the CPUs' worth of time that the cgroup grants (None: no limit). ``ram_bytes`` is the smaller of
-    physical memory and the cgroup's limit; ``available_bytes`` what of it is free now.
+    ``ram_bytes`` is the smaller of physical memory and the cgroup's limit; ``available_bytes`` what of it is
+    free now.
     """
 
     system: str
     arch: str
     cpu_model: str
     cpu_flags: frozenset[str] = field(repr=False)
-    cpus: int
-    cores: int
-    quota: float | None
     ram_bytes: int
     available_bytes: int
     gpus: tuple[Gpu, ...]
     driver: Driver | None = None
 
-    @property
-    def usable_cpus(self) -> int:
-        """Logical CPUs that can be busy at once: affinity and quota, the quota rounded down, at least 1."""
-        return self.cpus if self.quota is None else max(1, min(self.cpus, int(self.quota)))
-
-    @property
-    def compute_threads(self) -> int:
-        """Threads for token generation: one per physical core, within affinity and quota.
-
-        A second hyper-thread of a core shares its vector units and slows generation down
-        (llama.cpp discussion 572 and its own default count physical cores for the same reason).
-        """
-        return max(1, min(self.cores, self.usable_cpus))
-
 
 def probe(root: Path = Path("/")) -> Machine:
     """Read the machine. ``root`` stands for ``/``: tests lay out a machine of their own there."""
-    mask = _affinity(root)
     model, flags = _cpu_model(root)
     gpus, driver = probe_gpus(root)
     total, available = _memory(root)
     for limit, used in _memory_limits(root):
         total, available = min(total, limit), min(available, max(0, limit - used))
     return Machine(
+        **vars(read_cpus(root)),
         system=platform.system(),
         arch=platform.machine(),
         cpu_model=model,
         cpu_flags=flags,
-        cpus=len(mask),
-        cores=_physical_cores(root, mask),
-        quota=_cpu_quota(root),
         ram_bytes=total,
         available_bytes=available,
         gpus=gpus,
@@ -148,95 +128,24 @@ def _compiler_version(path: Path) -> str:
     return version
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _affinity(root: Path) -> frozenset[int]:
-    listed = re.search(r"^Cpus_allowed_list:\s*(\S+)", _read(root / "proc/self/status"), re.MULTILINE)
-    if listed:
-        return _cpu_list(listed[1])
-    return frozenset(range(os.cpu_count() or 1))
-
-
-def _cpu_list(text: str) -> frozenset[int]:
-    """The kernel's list form, ``0-3,8``."""
-    cpus: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
-
-
-def _physical_cores(root: Path, mask: frozenset[int]) -> int:
-    cores: set[str] = set()
-    for cpu in mask:
-        siblings = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings or str(cpu))
-    if root == Path("/") and not Path("/sys/devices/system/cpu").exists():
-        return psutil.cpu_count(logical=False) or len(mask)
-    return max(1, len(cores))
-
-
-def _cgroup_dirs(root: Path, controller: str) -> list[tuple[int, Path]]:
-    """(cgroup version, folder) for our group and each group above it, innermost first."""
-    found: list[tuple[int, Path]] = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, inner = [*line.split(":", 2), "", ""][:3]
-        if number == "0" and not controllers:
-            version, mount = 2, root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            version, mount = 1, root / "sys/fs/cgroup" / controller
-            if not mount.exists():
-                mount = root / "sys/fs/cgroup" / controllers
-        else:
-            continue
-        folder = mount / inner.lstrip("/")
-        # In a container the path may name a group of the host that is not mounted here.
-        while folder != mount and not folder.exists():
-            folder = folder.parent
-        while True:
-            found.append((version, folder))
-            if folder == mount:
-                break
-            folder = folder.parent
-    return found
-
-
-def _cpu_quota(root: Path) -> float | None:
-    """CPUs granted by the tightest cgroup on our path: v2 ``cpu.max``, v1 ``cpu.cfs_quota_us``."""
-    quotas: list[float] = []
-    for version, folder in _cgroup_dirs(root, "cpu"):
-        if version == 2:
-            quota, _, period = _read(folder / "cpu.max").partition(" ")
-        else:
-            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            quotas.append(int(quota) / int(period))
-    return min(quotas, default=None)
-
-
 def _memory_limits(root: Path) -> list[tuple[int, int]]:
     """(limit, used) in bytes of every memory cgroup on our path; file cache that can be dropped is not used."""
     found: list[tuple[int, int]] = []
-    for version, folder in _cgroup_dirs(root, "memory"):
+    for version, folder in cgroup_folders(root, "memory"):
         if version == 2:
             limit, used, cache = "memory.max", "memory.current", "inactive_file"
         else:
             limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        if (most := _read(folder / limit)).isdigit():
-            droppable = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-            taken = int(_read(folder / used) or 0) - (int(droppable[1]) if droppable else 0)
+        if (most := read_text(folder / limit)).isdigit():
+            droppable = re.search(rf"^{cache} (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
+            taken = int(read_text(folder / used) or 0) - (int(droppable[1]) if droppable else 0)
             found.append((int(most), max(0, taken)))
     return found
 
 
 def _memory(root: Path) -> tuple[int, int]:
     """(total, available) in bytes."""
-    text = _read(root / "proc/meminfo")
+    text = read_text(root / "proc/meminfo")
     total = re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)
     available = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     if total and available:
@@ -246,7 +155,7 @@ def _memory(root: Path) -> tuple[int, int]:
 
 
 def _cpu_model(root: Path) -> tuple[str, frozenset[str]]:
-    text = _read(root / "proc/cpuinfo")
+    text = read_text(root / "proc/cpuinfo")
     model = re.search(r"^(?:model name|Model|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     return (

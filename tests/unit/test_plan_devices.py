@@ -1,0 +1,78 @@
+"""Devices: of a machine, and in the words of the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.memory.devices import Device, devices_described, devices_here, parse_size
+from runtime.memory.kernels import Build
+from tests.described import machine
+from toolchain.base.errors import UsageError
+from toolchain.base.gpu import Gpu
+
+GIB = 1 << 30
+CPU = Build(backends=frozenset({"CPU"}))
+CUDA = Build(backends=frozenset({"CPU", "CUDA"}))
+CARD = Gpu(
+    name="NVIDIA GeForce RTX 3090",
+    memory_bytes=24 * GIB,
+    free_bytes=23 * GIB,
+    capability=(8, 6),
+    bandwidth_bytes_s=936e9,
+    flops=35.6e12,
+)
+
+
+def other(**changes: object) -> tuple[Device, ...]:
+    given: dict[str, object] = {"ram": None, "vram": (), "unified": None, **changes}
+    return devices_described(here=devices_here(machine(gpus=(CARD,)), CUDA), **given)  # type: ignore[arg-type]
+
+
+def test_a_gpu_is_planned_on_what_is_free_of_it_now() -> None:
+    host, card = devices_here(machine(gpus=(CARD,)), CUDA, host_bandwidth=21e9)
+    assert (card.kind, card.total_bytes, card.free_bytes) == ("gpu", 24 * GIB, 23 * GIB)
+    assert 0.9 * GIB < card.margin_bytes < 1.1 * GIB
+    assert card.bandwidth_bytes_s == 936e9
+    assert (host.bandwidth_bytes_s, host.bandwidth_origin) == (21e9, "measured")
+
+
+def test_a_build_without_gpus_uses_none() -> None:
+    assert [device.kind for device in devices_here(machine(gpus=(CARD,)), CPU)] == ["cpu"]
+
+
+def test_a_jetson_has_one_memory() -> None:
+    orin = Gpu(name="Orin", capability=(8, 7), shares_memory=True)
+    (device,) = devices_here(machine(gpus=(orin,), ram_bytes=8 * GIB, available_bytes=7 * GIB), CUDA)
+    assert (device.kind, device.backend, device.gpu_limit_bytes) == ("unified", "CUDA", 8 * GIB)
+
+
+def test_a_mac_has_one_memory_and_its_gpu_not_all_of_it() -> None:
+    metal = Build(backends=frozenset({"CPU", "Metal"}))
+    mac = machine(system="Darwin", arch="arm64", cpu_model="Apple M2 Max", ram_bytes=64 * GIB)
+    (device,) = devices_here(mac, metal)
+    assert (device.kind, device.bandwidth_bytes_s, device.gpu_limit_bytes) == ("unified", 400e9, 48 * GIB)
+
+
+def test_another_machine_in_words() -> None:
+    host, first, second = other(ram="16GiB@51", vram=("24GiB@936,8GB",))
+    assert (host.total_bytes, host.bandwidth_bytes_s, host.bandwidth_origin) == (16 * GIB, 51e9, "as typed")
+    assert host.free_bytes < host.total_bytes
+    assert (first.total_bytes, first.bandwidth_bytes_s) == (24 * GIB, 936e9)
+    assert (second.total_bytes, second.bandwidth_origin) == (8 * GIB, "assumed")
+
+
+def test_what_is_not_said_is_as_here() -> None:
+    assert [device.name for device in other(ram="16GiB")] == ["host", CARD.name]
+    assert [device.total_bytes for device in other(vram=("8GiB",))] == [64 * GIB, 8 * GIB]
+    assert [device.kind for device in other(vram=("0",))] == ["cpu"]
+
+
+@pytest.mark.parametrize("text", ["", "16", "lots", "16GiB@", "-1GiB", "16GiB@fast", "16XB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--ram"):
+        parse_size(text, "--ram")
+
+
+def test_one_memory_beside_another_is_refused() -> None:
+    with pytest.raises(UsageError, match="--unified"):
+        other(unified="64GiB", ram="16GiB")
