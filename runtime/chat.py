@@ -16,6 +16,7 @@ from typing import Final
 from runtime.engine import Engine
 from runtime.engine.reply import FinishReason, ReplyStats, stats_line
 from runtime.engine.sampling import SamplingOptions
+from runtime.engine.shown import Shown
 from runtime.interrupts import interrupts_noted
 from runtime.settings import near_miss
 from runtime.template import ChatTemplate
@@ -84,24 +85,22 @@ class Session:
     def _reply(self, turn: Turn) -> ReplyStats:
         tokens = self._fit()
         pieces: list[str] = []
-        with interrupts_noted() as interrupt:
-            for chunk in self.engine.stream(
-                tokens,
-                self.sampling,
-                max_tokens=self.max_tokens,
-                stops=(*self.template.stops, *self.stops),
-                interrupt=interrupt,
-            ):
-                text = chunk.text if pieces else chunk.text.lstrip()
-                if text:
-                    pieces.append(text)
-                    sys.stdout.write(text)
-                    sys.stdout.flush()
-                stats = chunk.stats
+        out = Shown(sys.stdout)
+        limit, stops = self.max_tokens, (*self.template.stops, *self.stops)
+        try:
+            with interrupts_noted() as interrupt:
+                for chunk in self.engine.stream(
+                    tokens, self.sampling, max_tokens=limit, stops=stops, interrupt=interrupt
+                ):
+                    text = chunk.text if pieces else chunk.text.lstrip()
+                    if text:
+                        pieces.append(text)
+                        out.write(text)
+                    stats = chunk.stats
+            out.write("" if pieces and pieces[-1].endswith("\n") else "\n")
+        finally:
+            out.end()
         turn.assistant = "".join(pieces).rstrip()
-        if not pieces or not pieces[-1].endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
         assert stats is not None
         return stats
 

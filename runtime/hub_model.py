@@ -23,6 +23,7 @@ from toolchain.hub.ggufs import (
     recorded_listings,
 )
 from toolchain.hub.headers import quant_headers
+from toolchain.hub.place import Place
 
 _HUB: Final = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?::(?P<quant>[^:/]+))?$")
 _QUIET_S: Final = 1.0
@@ -68,8 +69,8 @@ def fetch_model(name: HubName, cache_dir: Path | None = None) -> HubModel:
     """The model's files on disk, downloaded if they are not in the cache that recipes use as well.
 
     What the hub listed is recorded with its commit: a model that is on disk is found without asking, and a
-    download that was cut goes on at the same commit while the hub has it. Raises UsageError when the repository
-    has no GGUF or not this one, else as ``toolchain.hub.ggufs.fetch_gguf`` does.
+    download that was cut goes on at the same commit while the hub has it. Any other is of what the hub has now.
+    Raises UsageError when the repository has no GGUF or not this one, else as ``toolchain.hub.ggufs.fetch_gguf`` does.
     """
     cache = cache_dir or files.home_dir("hub")
     known = [(listing, quant) for listing in recorded_listings(name.repo, cache) if (quant := _offered(listing, name))]
@@ -78,6 +79,8 @@ def fetch_model(name: HubName, cache_dir: Path | None = None) -> HubModel:
             return HubModel(path=path, listing=listing, quant=quant)
     with files.home_in_use():
         for listing, quant in known:
+            if not _begun(listing, quant, cache):
+                continue
             try:
                 return _fetch(listing, quant, cache)
             except GoneError:
@@ -131,8 +134,14 @@ def _offered(listing: RepoListing, name: HubName) -> Quant | None:
         return None
 
 
+def _begun(listing: RepoListing, quant: Quant, cache: Path) -> bool:
+    """Whether a part of it was downloaded."""
+    place = Place.of(listing.repo, listing.commit, cache)
+    return place.missing_bytes(quant.files) < sum(file.bytes for file in quant.files)
+
+
 def _fetch(listing: RepoListing, quant: Quant, cache: Path) -> HubModel:
-    with console.step(f"fetch {listing.repo} {quant.name}") as step:
+    with console.step(f"fetch {listing.repo} {quant.name} at {listing.commit[:12]}") as step:
         path = fetch_gguf(listing, quant, cache, step.advance)
     return HubModel(path=path, listing=listing, quant=quant)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 from runtime.library_log import LibraryLog
 from toolchain.base import console
 from toolchain.base.abi_verdict import require_agreement
-from toolchain.base.command import OPENMP_DEFAULTS
+from toolchain.base.command import CUDA_DEFAULTS, OPENMP_DEFAULTS
 from toolchain.base.errors import MissingError
 
 _MEND: Final = "run `./inv build`, and unset LLAMA_CPP_LIB_PATH if it is set"
@@ -22,8 +23,8 @@ def import_library() -> Any:
     Raises MissingError without a usable library, ArtifactError when the structs that the bindings declare are not
     those of the library; warns where nobody can say (bindings that were not built here).
     """
-    for name, value in OPENMP_DEFAULTS.items():
-        os.environ.setdefault(name, value)  # read when the library is loaded
+    for name, value in (*OPENMP_DEFAULTS.items(), *CUDA_DEFAULTS.items()):
+        os.environ.setdefault(name, value)  # read when the library is loaded, CUDA's when it first counts devices
     try:
         import llama_cpp.llama_cpp as lib
     except ModuleNotFoundError as error:
@@ -42,11 +43,18 @@ def import_library() -> Any:
     return lib
 
 
-_routes: list[Any] = []  # the library keeps the callback's address for good, so it must never be collected
+_routes: list[Any] = []  # the library keeps a callback's address, so none may be collected that it may return to
 
 
 def route_log(lib: Any, verbose: bool) -> LibraryLog:
-    """The library's log from now on."""
+    """The library's log from now on, or until one that was in use before is set again.
+
+    Routes nest: what stands behind the one in use now was left when that one was set again, and is dropped.
+    """
+    current, data = ctypes.c_void_p(), ctypes.c_void_p()
+    ctypes.CDLL(lib._lib._name).llama_log_get(ctypes.byref(current), ctypes.byref(data))
+    while _routes and ctypes.cast(_routes[-1], ctypes.c_void_p).value != current.value:
+        _routes.pop()
     log = LibraryLog(shown=verbose)
     callback = lib.llama_log_callback(log.write)
     lib.llama_log_set(callback, None)

@@ -17,6 +17,8 @@ class LibraryLog:
     def __init__(self, *, shown: bool) -> None:
         self.shown = shown
         self._lines: deque[tuple[int, str]] = deque(maxlen=_KEPT_LINES)
+        self._written = 0
+        self._begun = 0
         self._open = ""
         self._level = 0
 
@@ -28,13 +30,24 @@ class LibraryLog:
         if level != _CONTINUED:
             self._level = level
         *whole, self._open = (self._open + text).split("\n")
-        self._lines.extend((self._level, line) for line in whole if line.strip())
+        for line in filter(str.strip, whole):
+            self._lines.append((self._level, line))
+            self._written += 1
+
+    def begin(self) -> None:
+        """What comes from now on is of another operation: only that is told, and evidence of its failure."""
+        self._begun = self._written
 
     def lines(self) -> list[str]:
-        """The lines that are kept, oldest first."""
-        return [line for _, line in self._lines]
+        """The lines of this operation that are kept, oldest first."""
+        return [line for _, line in self._of_this_operation()]
 
     def tail(self) -> str:
         """The last warnings and errors; of a library that gave none, its last lines."""
-        bad = [line for level, line in self._lines if level in (_WARN, _ERROR)]
-        return "\n".join((bad or [line for _, line in self._lines])[-_EVIDENCE_LINES:])
+        found = self._of_this_operation()
+        bad = [line for level, line in found if level in (_WARN, _ERROR)]
+        return "\n".join((bad or [line for _, line in found])[-_EVIDENCE_LINES:])
+
+    def _of_this_operation(self) -> list[tuple[int, str]]:
+        count = min(self._written - self._begun, len(self._lines))
+        return list(self._lines)[len(self._lines) - count :]

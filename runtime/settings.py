@@ -27,6 +27,12 @@ ALL_LAYERS: Final = -1
 KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Cache types that llama.cpp's own tools accept (``kv_cache_types`` in common/arg.cpp)."""
 
+OUTPUT_ROWS: Final = 16
+"""Rows of logits that a context is made for: the drawn token and a draft of 15, or one for each of 16 sequences."""
+
+MOST_SEQUENCES: Final = OUTPUT_ROWS
+"""Replies that are decoded together at most: each wants a row of logits."""
+
 ENV_PREFIX: Final = "FOUNDRY_"
 
 # The smallest value that makes sense; the largest keeps a number inside the C field that takes it.
@@ -162,6 +168,11 @@ def _parse_split(raw: object, source: str) -> str:
     if not shares or not all(0 <= share < _MOST for share in shares) or not any(shares):
         raise UsageError(f"{source}: {raw!r} are no shares", hint="one number for each GPU, such as 3,1")
     return spelled
+
+
+def sequences_made(asked: int) -> int:
+    """``n_seq_max`` of a context for ``asked`` replies at once: of several, one more holds their common beginning."""
+    return 1 + min(asked, MOST_SEQUENCES) if asked > 1 else 1
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:

@@ -14,8 +14,7 @@ from toolchain.base.errors import UsageError
 from toolchain.base.gguf import GgufHeader
 
 PROMPT_TOKENS: Final = 512
-GEN_TOKENS: Final = 128
-"""As llama-bench has them when nothing is asked."""
+"""As llama-bench has it when nothing is asked."""
 
 _TURN_S: Final = 1.0
 _MOST_REPLIES: Final = 10

@@ -150,4 +150,8 @@ def _last_object(output: str) -> dict[str, Any]:
             found = json.loads(line)
             assert isinstance(found, dict)
             return found
-    raise CommandError("a child that measures gave no figures", evidence=output[-2000:])
+    raise CommandError(
+        "a child that measures gave no figures",
+        evidence=output[-2000:],
+        hint="run the bench again; `./inv doctor` looks for what is missing",
+    )

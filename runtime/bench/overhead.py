@@ -70,7 +70,11 @@ def bare_seconds(engine: Engine, tokens: Sequence[int], gen: int) -> float:
     lib.llama_sampler_free(chain)
     context.keep(len(context.cached))  # the cache holds more than the context was told
     if status:
-        raise FoundryError("the library failed to decode", evidence=engine.model.log.tail())
+        raise FoundryError(
+            "the library failed to decode",
+            evidence=engine.model.log.tail(),
+            hint="--verbose shows the library's log; try a smaller --n-ctx",
+        )
     return seconds
 
 

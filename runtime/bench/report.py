@@ -16,24 +16,6 @@ from runtime.bench.summary import Summary, ratio, rounded, summarize
 from toolchain.base.console import format_bytes
 
 _NOISY: Final = 0.05  # of a median; a ratio of two such medians says little about less than a tenth
-_OWN_COLUMNS: Final = (
-    "depth",
-    "first token ms",
-    "overhead µs/token",
-    "read MB/token",
-    "of read bandwidth",
-    "peak memory",
-)
-_COMPARE_COLUMNS: Final = (
-    "file",
-    "depth",
-    "size",
-    "bits/weight",
-    "prompt t/s",
-    "generation t/s",
-    "prompt ×",
-    "generation ×",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from runtime.commands.options import MODEL_HELP, model_options
-from runtime.commands.prepare import prepare
+from runtime.commands.prepare import flags_of, prepare
 from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add(verbs: Any) -> None:
     one = verbs.add_parser(
         "bench", parents=[model_options()], help="measure a model's speed here, beside others", description=run.__doc__
     )
-    what = one.add_argument_group("what is measured", "the context is as long as this takes unless --n-ctx is given")
+    what = one.add_argument_group("what is measured", "the context is as long as this takes unless one is asked for")
     what.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of turns (default 5)")
     what.add_argument("--prompt-tokens", type=int, metavar="N", help="default: 512, or what the model's context leaves")
     what.add_argument("--gen-tokens", type=int, default=128, metavar="N", help="generated after it (default 128)")
@@ -83,12 +84,12 @@ def _measure(arguments: argparse.Namespace, depths: tuple[int, ...]) -> Result:
     from runtime.bench.roof import memory_roof
     from toolchain.base import console, machine
 
-    subject, lengths = _subject(arguments, arguments.model, depths)
+    subject, lengths, guessed = _subject(arguments, arguments.model, depths)
     second = _subject(arguments, arguments.compare, depths) if arguments.compare else None
     here = machine.probe()
     with console.step("find a prompt that does not end early"):
         found = _scouted(subject, lengths)
-        others = _scouted(*second) if second else []
+        others = _scouted(second[0], second[1]) if second else []
     told = found[0].sample
     if arguments.verbose:
         console.say(told.log)
@@ -103,6 +104,9 @@ def _measure(arguments: argparse.Namespace, depths: tuple[int, ...]) -> Result:
     with console.step(f"{arguments.runs} rounds of {names}") as step:
         measured, watch = measure(entries, runs=arguments.runs, on_turn=step.advance)
     warnings = list(watch.warnings())
+    for typed, unmeasured in ((arguments.model, guessed), (arguments.compare, second and second[2])):
+        if unmeasured:
+            warnings.append(f"{typed}: threads not measured, they are computed: run `python -m runtime tune {typed}`")
     for each in (*found, *others):
         if each.case.lengths.gen < arguments.gen_tokens:
             name = each.case.model.name
@@ -117,30 +121,44 @@ def _measure(arguments: argparse.Namespace, depths: tuple[int, ...]) -> Result:
     )
 
 
-def _subject(arguments: argparse.Namespace, typed: str, depths: tuple[int, ...]) -> tuple[Subject, tuple[Lengths, ...]]:
-    """The model that was typed with the settings that every verb would give it, but for the context's length."""
+def _subject(
+    arguments: argparse.Namespace, typed: str, depths: tuple[int, ...]
+) -> tuple[Subject, tuple[Lengths, ...], bool]:
+    """The model that was typed with the settings that every verb would give it.
+
+    The context's length is what is to be measured takes, unless a flag, the environment or the recipe asks for one.
+    Last comes whether the threads are computed ones, which nobody gave and nothing measured.
+    """
     from runtime.bench.case import fitting_lengths, with_own_context
     from runtime.bench.measure import Subject
     from runtime.model_file import open_model
     from runtime.resolve import resolve
+    from runtime.settings import asked
+    from runtime.tune.record import threads_guessed
     from toolchain.base.gguf import read_header
 
-    header = open_model(resolve(typed).path)
-    asked = {"prompt": arguments.prompt_tokens, "gen": arguments.gen_tokens}
-    deepest = fitting_lengths(header.n_ctx_train, depth=max(depths), **asked)
-    n_ctx = str(deepest.n_ctx) if arguments.n_ctx is None else arguments.n_ctx
-    settings = prepare(argparse.Namespace(**{**vars(arguments), "model": typed, "n_ctx": n_ctx})).settings
-    if settings.number("n_ctx") < deepest.n_ctx:
+    resolved = resolve(typed)
+    header = open_model(resolved.path)
+    lengths_asked = {"prompt": arguments.prompt_tokens, "gen": arguments.gen_tokens}
+    deepest = fitting_lengths(header.n_ctx_train, depth=max(depths), **lengths_asked)
+    wish = asked(recipe=resolved.runtime, env=os.environ, flags=flags_of(arguments)).get("n_ctx")
+    if wish and arguments.prompt_tokens is None:
+        room = int(wish.value) - deepest.n_ctx + deepest.prompt
+        deepest = replace(deepest, prompt=max(1, min(deepest.prompt, room)))
+    if wish and int(wish.value) < deepest.n_ctx:
+        who = wish.reason or "the recipe's n_ctx"
         raise UsageError(
-            f"--n-ctx {n_ctx} is less than the {deepest.n_ctx} tokens to be measured",
-            hint="leave it out, or lower --depth, --prompt-tokens or --gen-tokens",
+            f"{who} {wish.value} is less than the {deepest.n_ctx} tokens to be measured",
+            hint=f"--n-ctx {deepest.n_ctx}, or lower --depth, --prompt-tokens or --gen-tokens",
         )
-    if arguments.n_ctx is None:
-        settings = with_own_context(settings)
+    n_ctx = arguments.n_ctx if wish else str(deepest.n_ctx)
+    prepared = prepare(argparse.Namespace(**{**vars(arguments), "model": typed, "n_ctx": n_ctx}))
+    settings = prepared.settings if wish else with_own_context(prepared.settings)
     # The same prompt at every depth: the one that the deepest leaves room for.
     lengths = (replace(deepest, depth=depth) for depth in depths)
     headers = tuple(header if path == header.path else read_header(path) for path in header.shard_paths)
-    return Subject(headers=headers, settings=settings), tuple(lengths)
+    guessed = not arguments.no_tune and threads_guessed(header, prepared.machine, settings)
+    return Subject(headers=headers, settings=settings), tuple(lengths), guessed
 
 
 def _scouted(subject: Subject, lengths: tuple[Lengths, ...]) -> list[Scouted]:

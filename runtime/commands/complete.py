@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 from runtime.commands.options import model_options, reply_options, sampling_of, token_limit
@@ -11,7 +12,7 @@ from runtime.commands.prepare import load_engine, prepare
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from runtime.engine import Engine
     from runtime.engine.logprobs import TokenLogprob
@@ -59,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         interrupts_noted() as interrupt,
         load_engine(prepared, arguments, interrupt, sequences=len(prompts)) as engine,
+        closing(_chunks(engine, prompts, sampling, arguments, interrupt)) as chunks,  # before the engine is
     ):
         settings = engine.settings
-        chunks = _chunks(engine, prompts, sampling, arguments, interrupt)
         replies = _collect(chunks, len(prompts), shows=not arguments.json)
     if arguments.json:
         found = [reply.as_json() for reply in replies]
@@ -125,14 +126,14 @@ def _chunks(
     sampling: SamplingOptions,
     arguments: argparse.Namespace,
     interrupt: Interrupt,
-) -> Iterator[tuple[int, Chunk]]:
+) -> Generator[tuple[int, Chunk], None, None]:
     """(index of the prompt, chunk) as they come."""
     tokens = [engine.tokenize(prompt) for prompt in prompts]
     limit = token_limit(arguments.max_tokens, COMPLETE_TOKENS)
     if len(tokens) > 1:
         yield from engine.stream_many(tokens, sampling, max_tokens=limit, stops=arguments.stop, interrupt=interrupt)
         return
-    for chunk in engine.stream(
+    one = engine.stream(
         tokens[0],
         sampling,
         max_tokens=limit,
@@ -140,8 +141,10 @@ def _chunks(
         interrupt=interrupt,
         lookup=arguments.lookup,
         top_logprobs=arguments.logprobs,
-    ):
-        yield 0, chunk
+    )
+    with closing(one):
+        for chunk in one:
+            yield 0, chunk
 
 
 def _collect(chunks: Iterable[tuple[int, Chunk]], count: int, *, shows: bool) -> list[_Collected]:
@@ -174,6 +177,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--logprobs has no place in plain text", hint="add --json")
     if arguments.logprobs is not None and arguments.logprobs < 0:
         raise UsageError(f"--logprobs cannot be {arguments.logprobs}", hint="0 or more")
+    if (arguments.prompt or []).count("-") > 1:
+        raise UsageError("-p - twice: standard input is read once", hint="give the other prompts as text")
     if len(arguments.prompt or ()) > 1 and (arguments.logprobs is not None or arguments.lookup):
         raise UsageError("--logprobs and --lookup go with one prompt", hint="give one -p at a time")
 

@@ -18,6 +18,8 @@ MODEL_HELP: Final = (
     "or a GGUF repository on the hub (owner/repo or owner/repo:Q4_K_M)"
 )
 
+_OFF: Final = ("", "0", "false", "no")
+"""Values of FOUNDRY_NO_TUNE that leave tuning on."""
 
 SAMPLERS: Final = (
     ("repeat_penalty", float, "X", "above 1 avoids repetition (1: off)"),
@@ -41,25 +43,24 @@ SAMPLERS: Final = (
 """Options of the samplers that are off by default: name, type, placeholder, help."""
 
 
-def model_options() -> argparse.ArgumentParser:
-    """MODEL and the settings of the engine."""
+def model_options(*, writes: bool = True) -> argparse.ArgumentParser:
+    """MODEL and the settings of the engine; without those that only matter to one that ``writes`` text."""
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     engine = options.add_argument_group("the engine", "each also as FOUNDRY_<NAME> in the environment")
     engine.add_argument("--n-ctx", metavar="N", help="tokens of context (default: 4096, the model's, or what fits)")
-    engine.add_argument("--n-threads", metavar="N", help="for generation (default: measured once)")
+    if writes:
+        engine.add_argument("--n-threads", metavar="N", help="for generation (default: measured once)")
     engine.add_argument("--n-threads-batch", metavar="N", help="for the prompt (default: measured once)")
     engine.add_argument("--n-gpu-layers", metavar="N", help="layers on the GPU, or all (default: planned)")
     engine.add_argument("--n-cpu-moe", metavar="N", help="layers whose experts stay on the host (default: planned)")
     engine.add_argument("--tensor-split", metavar="A,B", help="shares of the layers by GPU (default: planned)")
-    engine.add_argument("--n-batch", metavar="N", help="prompt tokens per call (default 2048)")
-    engine.add_argument("--n-ubatch", metavar="N", help="prompt tokens per graph (default: 512, planned or measured)")
-    engine.add_argument("--type-k", metavar="TYPE", help="type of the key cache (default: f16, or planned)")
-    engine.add_argument("--type-v", metavar="TYPE", help="type of the value cache (default: f16, or planned)")
+    if writes:
+        _add_text_settings(engine)
     engine.add_argument(
         "--no-tune",
         action="store_true",
-        default=bool(os.environ.get("FOUNDRY_NO_TUNE")),
+        default=os.environ.get("FOUNDRY_NO_TUNE", "").strip().lower() not in _OFF,
         help="compute the threads instead of measuring them once",
     )
     engine.add_argument(
@@ -113,6 +114,13 @@ def sampling_of(arguments: argparse.Namespace) -> SamplingOptions:
     if arguments.json_schema is not None:
         chosen["grammar"] = json_schema_to_gbnf(read_argument(arguments.json_schema))
     return SamplingOptions(**{"seed": random_seed(), **chosen, "logit_bias": _biases(arguments.logit_bias)})
+
+
+def _add_text_settings(engine: argparse._ArgumentGroup) -> None:
+    engine.add_argument("--n-batch", metavar="N", help="prompt tokens per call (default 2048)")
+    engine.add_argument("--n-ubatch", metavar="N", help="prompt tokens per graph (default: 512, planned or measured)")
+    engine.add_argument("--type-k", metavar="TYPE", help="type of the key cache (default: f16, or planned)")
+    engine.add_argument("--type-v", metavar="TYPE", help="type of the value cache (default: f16, or planned)")
 
 
 def _biases(typed: Sequence[str]) -> dict[int, float]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.commands.options import model_options
 from runtime.commands.prepare import settle_with, with_tuning
-from toolchain.base.errors import MemoryFitError, UsageError
+from toolchain.base.errors import ArtifactError, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from runtime.memory.devices import Device
     from runtime.memory.here import Planned
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     planned = _plan(arguments, headers, recipe, here)
     if not _described(arguments) and headers[0].path.exists():
         planned = planned.asking()
-    settings = settle_with(arguments, headers[0], here, recipe=recipe, plan=planned.plan)
+    settings = _settings(arguments, headers[0], recipe, here, planned)
     if not _described(arguments) and not arguments.no_tune:
         settings = with_tuning(settings, headers[0], here, planned)
     measured = None if _described(arguments) else _measured(headers[0], here, settings)
@@ -75,33 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _all_quants(arguments: argparse.Namespace, here: Machine) -> int:
     """A row for each quant: where it would lie, with how much context, how fast; the best one is marked."""
     from runtime.hub_model import parse_hub_name, remote_model_headers
-    from runtime.memory.show import rate, where
-    from runtime.model_file import require_generative
+    from runtime.memory.show import rate
     from toolchain.base import console
-    from toolchain.base.gguf import read_header
 
     if parse_hub_name(arguments.model) is None:
         raise UsageError("--all-quants looks at a hub repository", hint=f"owner/repo instead of {arguments.model}")
     target = remote_model_headers(arguments.model, all_quants=True)
-    rows: list[dict[str, Any]] = []
-    for name, paths in target.headers.items():
-        headers = tuple(read_header(path) for path in paths)
-        require_generative(headers[0])
-        planned = _plan(arguments, headers, {}, here)
-        size, params = sum(h.tensor_bytes for h in headers), sum(h.n_params for h in headers)
-        rows.append(
-            {
-                "quant": name,
-                "bytes": size,
-                "bits_per_weight": round(8 * size / params, 2),
-                "fits": planned.plan.fits,
-                "where": where(planned.plan, planned.devices),
-                "on_gpu": planned.plan.choice.layout.is_whole or not planned.plan.choice.layout.counts,
-                "n_ctx": planned.plan.demand.n_ctx,
-                "generation_tps": planned.plan.speed.generation_tps,
-                "prompt_tps": planned.plan.speed.prompt_tps,
-            }
-        )
+    rows = [_quant_row(arguments, name, paths, here) for name, paths in target.headers.items()]
     best = best_quant(rows)
     for row in rows:
         row["best"] = row["quant"] == best
@@ -114,9 +97,9 @@ def _all_quants(arguments: argparse.Namespace, here: Machine) -> int:
             [
                 (
                     row["quant"],
-                    console.format_bytes(row["bytes"]),
-                    f"{row['bits_per_weight']:.2f}",
-                    row["where"],
+                    console.format_bytes(row["bytes"]) if row["bytes"] else "-",
+                    f"{row['bits_per_weight']:.2f}" if row["bytes"] else "-",
+                    row["where"] or row["why"],
                     str(row["n_ctx"]) if row["fits"] else "-",
                     rate(row["generation_tps"]) if row["fits"] else "-",
                     rate(row["prompt_tps"]) if row["fits"] else "-",
@@ -128,6 +111,32 @@ def _all_quants(arguments: argparse.Namespace, here: Machine) -> int:
     if best is None:
         raise MemoryFitError(f"no quant of {target.listing.repo} fits in memory", hint="take a smaller model")
     return 0
+
+
+def _quant_row(arguments: argparse.Namespace, name: str, paths: tuple[Path, ...], here: Machine) -> dict[str, Any]:
+    """One quant as JSON; of one that cannot be planned for, ``why`` says why."""
+    from runtime.memory.show import where
+    from toolchain.base.gguf import read_header
+
+    row: dict[str, Any] = {"quant": name, "bytes": 0, "bits_per_weight": 0.0, "fits": False, "where": "", "why": ""}
+    row |= {"on_gpu": False, "n_ctx": 0, "generation_tps": 0.0, "prompt_tps": 0.0}
+    try:
+        headers = tuple(read_header(path) for path in paths)
+        _require_usable(headers[0])
+        size, params = sum(h.tensor_bytes for h in headers), sum(h.n_params for h in headers)
+        row |= {"bytes": size, "bits_per_weight": round(8 * size / params, 2)}
+        planned = _plan(arguments, headers, {}, here)
+    except (UsageError, ArtifactError) as error:
+        return {**row, "why": error.message}
+    plan = planned.plan
+    return row | {
+        "fits": plan.fits,
+        "where": where(plan, planned.devices),
+        "on_gpu": plan.choice.layout.is_whole or not plan.choice.layout.counts,
+        "n_ctx": plan.demand.n_ctx,
+        "generation_tps": plan.speed.generation_tps,
+        "prompt_tps": plan.speed.prompt_tps,
+    }
 
 
 def best_quant(rows: list[dict[str, Any]]) -> str | None:
@@ -145,24 +154,43 @@ def _headers(arguments: argparse.Namespace) -> tuple[tuple[GgufHeader, ...], Map
     """The headers of what was typed and its recipe's block; of a model on the hub nothing else is read."""
     from runtime.hub_model import HubName, remote_model_headers
     from runtime.memory.here import all_headers
-    from runtime.model_file import open_model, require_generative
+    from runtime.model_file import open_model
     from runtime.resolve import locate
     from toolchain.base.gguf import read_header
 
     found = locate(arguments.model)
     if not isinstance(found, HubName):
-        return all_headers(open_model(found.path)), found.runtime
+        try:
+            return all_headers(open_model(found.path)), found.runtime
+        except UsageError as error:
+            with suppress(UsageError):
+                return all_headers(open_model(found.path, "embeddings")), found.runtime
+            raise error
     target = remote_model_headers(arguments.model)
     headers = tuple(read_header(path) for path in target.headers[target.chosen.name])
-    require_generative(headers[0])
+    _require_usable(headers[0])
     return headers, {}
+
+
+def _require_usable(header: GgufHeader) -> None:
+    """Raise UsageError, that of a model that should write, unless ``header`` is of one that writes or makes vectors."""
+    from runtime.model_file import require_embedding, require_generative
+
+    try:
+        require_generative(header)
+    except UsageError as error:
+        with suppress(UsageError):
+            require_embedding(header)
+            return
+        raise error
 
 
 def _plan(
     arguments: argparse.Namespace, headers: tuple[GgufHeader, ...], recipe: Mapping[str, object], here: Machine
 ) -> Planned:
-    from runtime.commands.prepare import adapters_bytes, flags_of
-    from runtime.memory.footprint import mmproj_bytes
+    from runtime.commands.prepare import flags_of
+    from runtime.engine.adapters import parse_adapter
+    from runtime.memory.footprint import adapter_bytes, mmproj_bytes
     from runtime.memory.here import plan_here
     from runtime.settings import asked
     from toolchain.base.gguf import read_header
@@ -170,6 +198,7 @@ def _plan(
     settle_with(arguments, headers[0], here, recipe=recipe)  # a wrong value is told before anything is planned
     wishes = asked(recipe=recipe, env=os.environ, flags=flags_of(arguments))
     devices, build = _machine(arguments, here)
+    adapters = [read_header(parse_adapter(typed)[0]) for typed in arguments.lora]
     projector = 0
     if arguments.mmproj:
         beside = read_header(_path(arguments.mmproj))
@@ -181,7 +210,8 @@ def _plan(
         wishes,
         here,
         mmproj_bytes=projector,
-        adapter_bytes=adapters_bytes(arguments),
+        adapter_bytes=sum(map(adapter_bytes, adapters)),
+        adapters=adapters,
         devices=devices,
         build=build,
     )
@@ -189,17 +219,42 @@ def _plan(
 
 def _machine(arguments: argparse.Namespace, here: Machine) -> tuple[tuple[Device, ...] | None, Build | None]:
     """The devices and the build to plan for; None: those at hand. Described GPUs get the default CUDA build."""
-    from runtime.memory.devices import devices_described, devices_here
+    from runtime.memory.devices import devices_described
+    from runtime.memory.here import devices_at_hand
     from runtime.memory.kernels import Build, installed_build
-    from runtime.tune.bandwidth import recorded_bandwidth
 
     if not _described(arguments):
         return None, None
     build = installed_build()
-    at_hand = devices_here(here, build, host_bandwidth=recorded_bandwidth(here))
+    at_hand, _ = devices_at_hand(here, build)
     devices = devices_described(ram=arguments.ram, vram=arguments.vram, unified=arguments.unified, here=at_hand)
     backends = {device.backend for device in devices}
     return devices, build if backends <= build.backends else Build(backends=frozenset({"CPU", *backends}))
+
+
+def _settings(
+    arguments: argparse.Namespace, header: GgufHeader, recipe: Mapping[str, object], here: Machine, planned: Planned
+) -> Settings:
+    """The settings of the plan; for a described machine none that speak of this one's GPUs, and threads that say whose
+    they are."""
+    from toolchain.base.gpu import Gpu
+
+    if not _described(arguments):
+        return settle_with(arguments, header, here, recipe=recipe, plan=planned.plan)
+    gpus = tuple(Gpu(name=device.name, memory_bytes=device.total_bytes) for device in planned.plan.devices[1:])
+    settings = settle_with(arguments, header, replace(here, gpus=gpus), recipe=recipe, plan=planned.plan)
+    notes = {}
+    if not gpus and not planned.plan.choice.layout.counts:
+        notes["n_gpu_layers"] = "no GPU is described"
+    if arguments.ram or arguments.unified:
+        notes |= dict.fromkeys(("n_threads", "n_threads_batch"), "of this machine: it is known only there")
+    entries = tuple(
+        replace(entry, reason=notes[entry.name])
+        if entry.name in notes and entry.origin in ("default", "tuned")
+        else entry
+        for entry in settings.entries
+    )
+    return replace(settings, entries=entries)
 
 
 def _described(arguments: argparse.Namespace) -> bool:

@@ -55,7 +55,16 @@ def prepare(arguments: argparse.Namespace, purpose: Purpose = "text", *, sequenc
     here = machine.probe()
     settle_with(arguments, header, here, recipe=resolved.runtime)  # a wrong value is told before anything is planned
     wishes = asked(recipe=resolved.runtime, env=os.environ, flags=flags_of(arguments))
-    planned = plan_here(all_headers(header), wishes, here, adapter_bytes=adapters_bytes(arguments), sequences=sequences)
+    planned = plan_here(
+        all_headers(header),
+        wishes,
+        here,
+        adapter_bytes=adapters_bytes(arguments),
+        adapters=adapter_headers(arguments),
+        sequences=sequences,
+    )
+    if not planned.plan.fits and planned.lessons.shortfalls:
+        planned = planned.again(planned.lessons.doubted())  # memory that was short once may be there today
     if planned.plan.tight:
         planned = planned.asking()
     if not planned.plan.fits:
@@ -95,41 +104,43 @@ def load_engine(
 ) -> Engine:
     """The model in memory with its adapters and tuned threads; ``engine.settings`` are those it has in the end.
 
-    A load that runs out of memory is tried once more with what a new plan makes of it.
+    A load that runs out of memory, adapters included, is tried once more with what a new plan makes of it.
     """
     from runtime.engine import load
-    from runtime.memory.back_off import load_with_back_off
+    from runtime.memory.back_off import Started, load_with_back_off
 
     header = prepared.header
 
-    def attempt(settings: Settings) -> Engine:
-        return load(
+    def attempt(settings: Settings, planned: Planned) -> Started[Engine]:
+        engine = load(
             header.path,
             settings,
             verbose=arguments.verbose,
             interrupt=interrupt,
             sequences=sequences,
-            refine=None if arguments.no_tune else lambda model, chosen: _tuned(model, chosen, prepared, interrupt),
+            refine=None
+            if arguments.no_tune
+            else lambda model, chosen: _tuned(model, chosen, prepared, planned, interrupt),
         )
+        lines = engine.model.log.lines()
+        try:
+            engine.model.log.begin()
+            engine.set_adapters(load_adapters(engine.model, arguments))
+        except BaseException:
+            engine.close()
+            raise
+        return Started(loaded=engine, settings=engine.settings, lines=lines)
+
+    def settle(planned: Planned) -> Settings:
+        fewer = settle_with(arguments, header, prepared.machine, recipe=prepared.recipe, plan=planned.plan)
+        return fewer if arguments.no_tune else with_tuning(fewer, header, prepared.machine, planned)
 
     check_adapters(header.path, arguments)
-    engine, _ = load_with_back_off(
-        prepared.planned,
-        prepared.settings,
-        attempt,
-        settle=lambda plan: settle_with(arguments, header, prepared.machine, recipe=prepared.recipe, plan=plan),
-        log_lines=lambda engine: engine.model.log.lines(),
-    )
-    try:
-        engine.set_adapters(load_adapters(engine.model, arguments))
-    except BaseException:
-        engine.close()
-        raise
-    return engine
+    return load_with_back_off(prepared.planned, prepared.settings, attempt, settle=settle)
 
 
-def _tuned(model: Model, settings: Settings, prepared: Prepared, interrupt: Interrupt) -> Settings:
-    """The fastest threads for the loaded model: as recorded, or measured now, the first time."""
+def _tuned(model: Model, settings: Settings, prepared: Prepared, planned: Planned, interrupt: Interrupt) -> Settings:
+    """The fastest threads for the model as loaded by ``planned``: as recorded, or measured now, the first time."""
     from runtime.tune.at_start import tuned
     from toolchain.base import console
 
@@ -141,7 +152,7 @@ def _tuned(model: Model, settings: Settings, prepared: Prepared, interrupt: Inte
         told.append(name)
 
     found = tuned(model, settings, prepared.header, prepared.machine, interrupt=interrupt, on_setting=tell)
-    return _where_it_fits(found, settings, prepared.planned)
+    return _where_it_fits(found, settings, planned)
 
 
 def check_adapters(path: Path, arguments: argparse.Namespace) -> None:
@@ -160,9 +171,14 @@ def check_adapters(path: Path, arguments: argparse.Namespace) -> None:
 def load_adapters(model: Model, arguments: argparse.Namespace) -> list[tuple[Adapter, float]]:
     """Each ``--lora`` in memory, with its scale."""
     from runtime.engine.adapters import load_adapter, parse_adapter
+    from toolchain.base.errors import MemoryFitError
 
     chosen = [parse_adapter(typed) for typed in arguments.lora]
-    return [(load_adapter(model, path), scale) for path, scale in chosen]
+    try:
+        return [(load_adapter(model, path), scale) for path, scale in chosen]
+    except MemoryFitError as error:
+        error.hint = error.hint or "lower --n-ctx, put fewer layers on the GPU (--n-gpu-layers), or leave out a --lora"
+        raise
 
 
 def with_tuning(settings: Settings, header: GgufHeader, here: Machine, planned: Planned) -> Settings:
@@ -192,8 +208,13 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, Value | None]:
 
 
 def adapters_bytes(arguments: argparse.Namespace) -> int:
-    from runtime.engine.adapters import parse_adapter
     from runtime.memory.footprint import adapter_bytes
+
+    return sum(map(adapter_bytes, adapter_headers(arguments)))
+
+
+def adapter_headers(arguments: argparse.Namespace) -> list[GgufHeader]:
+    from runtime.engine.adapters import parse_adapter
     from toolchain.base.gguf import read_header
 
-    return sum(adapter_bytes(read_header(parse_adapter(typed)[0])) for typed in arguments.lora)
+    return [read_header(parse_adapter(typed)[0]) for typed in arguments.lora]

@@ -24,6 +24,7 @@ _A: Final = ".lora_a"
 _B: Final = ".lora_b"
 _EMBEDDING: Final = "token_embd.weight"
 _ANOTHER_BASE: Final = "load the model that it was trained on"
+_CONVERT: Final = "convert it again with llama.cpp's convert_lora_to_gguf.py, or download it again"
 _READ_BYTES: Final = 1 << 20
 
 
@@ -89,7 +90,7 @@ def check_adapter(path: Path, base: Sequence[GgufHeader]) -> AdapterFile:
         )
     alpha = header.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise ArtifactError(f"{name}: adapter.lora.alpha is {alpha!r}, not a number")
+        raise ArtifactError(f"{name}: adapter.lora.alpha is {alpha!r}, not a number", hint=_CONVERT)
     pairs = _pairs(header)
     tensors = {tensor.name: tensor for part in base for tensor in part.tensors}
     if _EMBEDDING in pairs and "output.weight" not in tensors:
@@ -112,8 +113,12 @@ def load_adapter(model: Model, path: Path) -> Adapter:
     if found.pairs and not handle:
         evidence = model.log.tail()
         if "failed to allocate" in evidence:
-            raise MemoryFitError(f"the adapter {path.name} does not fit in memory", evidence=evidence)
-        raise ArtifactError(f"the library refuses the adapter {path.name}", evidence=evidence)
+            raise MemoryFitError(
+                f"the adapter {path.name} does not fit in memory",
+                evidence=evidence,
+                hint="put fewer layers on the GPU (--n-gpu-layers), or lower --n-ctx",
+            )
+        raise ArtifactError(f"the library refuses the adapter {path.name}", evidence=evidence, hint=_CONVERT)
     return Adapter(file=found, handle=handle)
 
 
@@ -150,9 +155,9 @@ def _pairs(header: GgufHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:
             if tensor.name.endswith(suffix):
                 found[tensor.name.removesuffix(suffix)] = tensor
         if not tensor.name.endswith((_A, _B, "_norm.weight")):
-            raise ArtifactError(f"{header.path.name}: {tensor.name} belongs in no LoRA adapter")
+            raise ArtifactError(f"{header.path.name}: {tensor.name} belongs in no LoRA adapter", hint=_CONVERT)
     if odd := sorted(halves[0].keys() ^ halves[1].keys()):
-        raise ArtifactError(f"{header.path.name}: of the pair for {odd[0]} one half is missing")
+        raise ArtifactError(f"{header.path.name}: of the pair for {odd[0]} one half is missing", hint=_CONVERT)
     return {target: (halves[0][target], halves[1][target]) for target in halves[0]}
 
 

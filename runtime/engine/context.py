@@ -53,14 +53,15 @@ class Context:
         self.recurrent = bool(lib.llama_model_is_recurrent(model.handle) or lib.llama_model_is_hybrid(model.handle))
         self._memory = lib.llama_get_memory(handle)
         self._block = min(n_batch, lib.llama_n_ubatch(handle))
+        self._most = self._block if self._offloads() else n_batch // self._block * self._block
         self._n_swa: int = lib.llama_model_n_swa(model.handle)
         self._forgets = self.recurrent or self._n_swa > 0
 
     def close(self) -> None:
-        """Free it; a second call does nothing."""
+        """Free it; a second call does nothing, nor do ``keep``, ``clear`` and ``forget`` from then on."""
         if self.handle:
             self.model.lib.llama_free(self.handle)
-        self.handle = None
+        self.handle = self._memory = None
 
     def require_room(self, tokens: Sequence[int]) -> None:
         """Raise UsageError for a prompt that is empty or longer than the context."""
@@ -89,6 +90,8 @@ class Context:
         state holds its last token and no earlier one, but for its checkpoints.
         """
         lib, memory = self.model.lib, self._memory
+        if not memory:  # a reply that was left may outlive the context
+            return 0
         if count < len(self.cached) or lib.llama_memory_seq_pos_max(memory, 0) >= count:
             if not (count > 0 and self._window_reaches(count) and lib.llama_memory_seq_rm(memory, 0, count, -1)):
                 count = self._back_to_checkpoint(count)
@@ -97,8 +100,14 @@ class Context:
 
     def clear(self) -> None:
         """Empty the cache."""
-        self.model.lib.llama_memory_clear(self._memory, False)
+        if self._memory:
+            self.model.lib.llama_memory_clear(self._memory, False)
         self._cut(0)
+
+    def forget(self, sequence: int) -> None:
+        """Take a sequence other than the first out of the cache."""
+        if self._memory:
+            self.model.lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def fill(self, tokens: Sequence[int], exact: int) -> bool:
         """Note that a state of ``tokens`` was put into the empty cache; False, and empty, if it is not in there."""
@@ -112,7 +121,8 @@ class Context:
     def decode_prompt(self, tokens: Sequence[int], interrupt: Interrupt | None) -> bool:
         """Decode what is not cached, in pieces of ``n_batch``; False when interrupted (the cache stays right).
 
-        The pieces end where those of a cold run end.
+        The pieces end where those of a cold run end. With layers on a GPU each is one micro-batch, since there the
+        library asks nobody whether to go on (``llama_set_abort_callback`` in llama.h: CPU only).
         """
         lib, handle = self.model.lib, self.handle
         first = len(self.cached)
@@ -156,6 +166,11 @@ class Context:
             raise too_large("no memory left to go on", evidence)
         raise FoundryError(f"the library failed to decode (status {status})", evidence=evidence)
 
+    def _offloads(self) -> bool:
+        """Whether a part of the model is on a GPU, as far as its settings say."""
+        on_gpu = self.settings is not None and self.settings.number("n_gpu_layers") != 0
+        return on_gpu and bool(self.model.lib.llama_supports_gpu_offload())
+
     def _window_reaches(self, count: int) -> bool:
         """Whether the cache, cut after ``count`` tokens, still holds all that the next one sees."""
         oldest = self.model.lib.llama_memory_seq_pos_min(self._memory, 0)
@@ -169,7 +184,7 @@ class Context:
     def _piece_end(self, start: int, length: int) -> int:
         """Where the piece ends that begins at ``start``: on a micro-batch's border, or at the checkpoint to be made."""
         block = self._block
-        end = start + (self.n_batch // block * block if start % block == 0 else block - start % block)
+        end = start + (self._most if start % block == 0 else block - start % block)
         mark = self._checkpoint_at(length)
         return mark if start < mark < end else min(end, length)
 

@@ -131,6 +131,7 @@ class Sampler:
         raise UsageError(
             "no token is left to go on with",
             evidence="the grammar and the logit bias together forbid every token of the vocabulary",
+            hint="change the grammar (--grammar, --json-schema), or ban fewer tokens (--logit-bias)",
         )
 
     def _allowed(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -7,7 +7,7 @@ library pools within one micro-batch. It is made for the longest text that came 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from runtime.engine.adapters import Adapter, apply_adapters
 from runtime.engine.context import OUT_OF_MEMORY, too_large
 from runtime.engine.model import Model
+from runtime.interrupts import Interrupt
 from runtime.settings import Settings
 from toolchain.base.errors import FoundryError, UsageError
 
@@ -40,7 +41,8 @@ class Embedder:
     """Makes vectors with a loaded model; ``close`` frees its context and not the model.
 
     ``pooling`` None takes the model's own, or for a model without one the mean if each of its tokens sees all
-    others, else the last token, the only one that has seen them all.
+    others, else the last token, the only one that has seen them all. ``check_room`` is called with the tokens and texts
+    of each context before it is made, and may raise.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Embedder:
         *,
         pooling: Pooling | None = None,
         adapters: Sequence[tuple[Adapter, float]] = (),
+        check_room: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model = model
         self.pooling: Pooling = pooling or default_pooling(model)
         self._settings = settings
         self._adapters = tuple(adapters)
+        self._check_room = check_room
         self._context: Any = None
         self._room = 0
 
@@ -82,11 +86,19 @@ class Embedder:
         """
         return [self._tokens(number, text, truncate) for number, text in enumerate(texts, first)]
 
-    def embed(self, tokens: Sequence[Sequence[int]], *, normalize: bool = True) -> Vectors:
-        """One vector for each text of tokens, [n_texts, n_embd]; ``normalize`` makes their length 1."""
+    def embed(
+        self, tokens: Sequence[Sequence[int]], *, normalize: bool = True, interrupt: Interrupt | None = None
+    ) -> Vectors:
+        """One vector for each text of tokens, [n_texts, n_embd]; ``normalize`` makes their length 1.
+
+        Fewer rows, those of the first texts, when ``interrupt`` is raised meanwhile.
+        """
         vectors = np.zeros((len(tokens), self.n_embd), np.float32)
         self._require_room(max(map(len, tokens), default=0))
         for first, last in self._batches(tokens):
+            if interrupt and interrupt.raised:
+                vectors = vectors[:first]
+                break
             vectors[first:last] = self._decode(tokens[first:last])
         if normalize:
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -97,7 +109,9 @@ class Embedder:
         tokens = self.model.tokenize_framed(text)
         shown = text if len(text) <= 40 else text[:39] + "…"
         if not tokens:
-            raise UsageError(f"text {number} is empty, and this model has no token to begin with")
+            raise UsageError(
+                f"text {number} is empty, and this model has no token to begin with", hint="leave empty texts out"
+            )
         if len(tokens) > self.longest:
             if not truncate:
                 raise UsageError(
@@ -137,6 +151,8 @@ class Embedder:
         self.close()
         self._room = max(BATCH_TOKENS, 1 << max(0, longest - 1).bit_length())
         self._room = max(longest, min(self._room, self.longest))
+        if self._check_room:
+            self._check_room(self._room, self._texts_per_call())
         self._context = make_embedding_context(
             self.model, self._settings, pooling=self.pooling, tokens=self._room, texts=self._texts_per_call()
         )
@@ -164,7 +180,11 @@ class Embedder:
             evidence = self.model.log.tail()
             if OUT_OF_MEMORY.search(evidence):
                 raise too_large("no memory left for the vectors", evidence)
-            raise FoundryError(f"the library failed to embed (status {status})", evidence=evidence)
+            raise FoundryError(
+                f"the library failed to embed (status {status})",
+                evidence=evidence,
+                hint="--verbose shows the library's log",
+            )
         rows = [lib.llama_get_embeddings_seq(context, sequence) for sequence in range(len(texts))]
         return np.array([np.ctypeslib.as_array(row, (self.n_embd,)) for row in rows], np.float32)
 
@@ -187,7 +207,11 @@ def make_embedding_context(model: Model, settings: Settings, *, pooling: Pooling
         evidence = model.log.tail()
         if OUT_OF_MEMORY.search(evidence):
             raise too_large(f"a context for texts of {tokens} tokens does not fit in memory", evidence)
-        raise UsageError("the library refuses to embed with this model", evidence=evidence)
+        raise UsageError(
+            "the library refuses to embed with this model",
+            evidence=evidence,
+            hint="--verbose shows the library's log; take a model that is made for embedding",
+        )
     return handle
 
 

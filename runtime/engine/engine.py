@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
@@ -14,9 +14,11 @@ from runtime.engine.context import Context
 from runtime.engine.generate import Outcome, SingleSteps, Watch, generate
 from runtime.engine.reply import Chunk, Reply, ReplyStats
 from runtime.engine.sampling import SamplingOptions
-from runtime.engine.speculate import MOST_SEQUENCES, LookupSteps, can_speculate
+from runtime.engine.speculate import LookupSteps, can_speculate
 from runtime.engine.text import Pieces
 from runtime.interrupts import Interrupt
+from runtime.settings import MOST_SEQUENCES
+from toolchain.base.errors import MemoryFitError
 
 if TYPE_CHECKING:  # numpy is left to what needs it: a damaged file is refused before it is imported
     from runtime.engine.draw import Sampler
@@ -29,7 +31,7 @@ class Engine:
     """A loaded model with one context. Made by ``load``; ``close`` frees both."""
 
     def __init__(self, context: Context) -> None:
-        self.context = context
+        self._context: Context | None = context
         self.model = context.model
         self.pieces = Pieces(context.model)
 
@@ -41,8 +43,20 @@ class Engine:
 
     def close(self) -> None:
         """Free the context and the model; a second call does nothing."""
-        self.context.close()
+        if self._context:
+            self._context.close()
         self.model.close()
+
+    @property
+    def context(self) -> Context:
+        """The context; MemoryFitError after one for more replies, and the one of before, found no memory."""
+        if self._context is None:
+            raise MemoryFitError(
+                "the model has no context any more: memory ran out while one for several replies was made",
+                evidence=self.model.log.tail(),
+                hint="load the model again, with a lower --n-ctx or fewer prompts at once",
+            )
+        return self._context
 
     @property
     def settings(self) -> Settings:
@@ -75,7 +89,7 @@ class Engine:
         lookup: bool = False,
         top_logprobs: int | None = None,
         adjust: Adjust | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Pieces of the reply to the prompt ``tokens`` as they come; the last chunk carries the statistics.
 
         Ends at the model's end of generation, at a stop string, after ``max_tokens`` (None: no limit), when the
@@ -133,7 +147,7 @@ class Engine:
         max_tokens: int | None = None,
         stops: Sequence[str] = (),
         interrupt: Interrupt | None = None,
-    ) -> Iterator[tuple[int, Chunk]]:
+    ) -> Generator[tuple[int, Chunk], None, None]:
         """Pieces of the replies to several prompts, with the prompt's index; each reply ends as ``stream``'s do.
 
         They are decoded together, as many at once as the context has room for (16 at most): a reply takes the room
@@ -144,6 +158,8 @@ class Engine:
         from runtime.engine.sequences import Request, Together
 
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingOptions) else sampling
+        if not prompts:
+            return
         for tokens in prompts:
             self.context.require_room(tokens)
         self._widen(len(prompts))
@@ -172,13 +188,15 @@ class Engine:
         if sequences == 1 or old.settings is None or self.model.lib.llama_n_seq_max(old.handle) > wanted:
             return
         old.close()
+        self._context = None
         try:
-            self.context = make_context(self.model, old.settings, wanted)
+            self._context = make_context(self.model, old.settings, wanted)
         except BaseException:
-            self.context = make_context(self.model, old.settings)
+            self._context = make_context(self.model, old.settings)
             raise
         finally:
-            set_adapters(self.context, old.adapters)
+            if self._context:
+                set_adapters(self._context, old.adapters)
 
     def _sampler(self, sampling: SamplingOptions, rows: Rows, tokens: Sequence[int]) -> Sampler:
         from runtime.engine.draw import Sampler

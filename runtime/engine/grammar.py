@@ -22,7 +22,7 @@ _HINT: Final = "the language is described in grammars/README.md of llama.cpp; it
 def parse_grammar(model: Model, grammar: str) -> Any:
     """A grammar sampler of the library, to be freed by the caller; UsageError, with the line, for a broken one."""
     if "\0" in grammar:
-        raise UsageError("the grammar holds a NUL character")
+        raise UsageError("the grammar holds a NUL character", hint="take it out: write \\x00 where it is meant")
     with tempfile.TemporaryFile() as file:
         with _stderr_of_c(file):
             sampler = model.lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
@@ -41,9 +41,13 @@ def read_argument(given: str) -> str:
             return path.read_text("utf-8")
     except (OSError, ValueError) as error:  # a text too long for a name, or with NUL in it
         if isinstance(error, UnicodeDecodeError):
-            raise UsageError(f"{given} is no UTF-8 text", evidence=str(error)) from error
+            raise UsageError(
+                f"{given} is no UTF-8 text",
+                evidence=str(error),
+                hint=f"iconv -t UTF-8 {given} > new, then give that file",
+            ) from error
     if given.endswith((".gbnf", ".json")):
-        raise UsageError(f"there is no file {given}")
+        raise UsageError(f"there is no file {given}", hint="name a file that exists, or give the text itself")
     return given
 
 

@@ -12,16 +12,13 @@ from runtime.engine.context import OUT_OF_MEMORY, Context, too_large
 from runtime.engine.engine import Engine
 from runtime.engine.model import Model
 from runtime.engine.placement import apply_placement
-from runtime.engine.speculate import MOST_SEQUENCES, OUTPUT_ROWS
 from runtime.interrupts import Interrupt
 from runtime.library import import_library, route_log
-from runtime.settings import Settings
+from runtime.settings import KV_TYPES, OUTPUT_ROWS, Settings, sequences_made
 from toolchain.base.errors import ArtifactError, UsageError
+from toolchain.base.ggml_types import GGML_TYPES_BY_NAME
 
-# enum ggml_type in ggml.h
-KV_TYPE_IDS: Final = MappingProxyType(
-    {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
-)
+KV_TYPE_IDS: Final = MappingProxyType({name: GGML_TYPES_BY_NAME[name.upper()].id for name in KV_TYPES})
 
 
 def load(
@@ -36,7 +33,8 @@ def load(
     """Load the checked GGUF at ``path``. ``interrupt`` ends the loading with KeyboardInterrupt.
 
     ``sequences`` replies can be decoded together (``Engine.stream_many``, 16 at most); they share the context.
-    ``refine`` may change the settings of the context once the model is in memory.
+    ``refine`` may change the settings of the context once the model is in memory. The log then begins with what the
+    library tells of this context, whatever ``refine`` did.
 
     Raises MissingError without a usable library, MemoryFitError when memory runs out, ArtifactError when the
     library refuses the file, UsageError when it refuses the settings.
@@ -81,6 +79,7 @@ def load_model(path: Path, settings: Settings, *, verbose: bool = False, interru
 def make_context(model: Model, settings: Settings, sequences: int = 1) -> Context:
     """A context of ``model``: MemoryFitError when its cache or buffers do not fit, UsageError when it is refused."""
     lib = model.lib
+    model.log.begin()
     handle = lib.llama_init_from_model(model.handle, _context_params(lib, settings, sequences))
     if not handle:
         evidence = model.log.tail()
@@ -98,8 +97,8 @@ def _context_params(lib: Any, settings: Settings, sequences: int) -> Any:
         setattr(params, name, settings.number(name))
     params.type_k = KV_TYPE_IDS[settings.text("type_k")]
     params.type_v = KV_TYPE_IDS[settings.text("type_v")]
-    if sequences > 1:
-        params.n_seq_max = 1 + min(sequences, MOST_SEQUENCES)  # the first holds what the others begin with
+    params.n_seq_max = sequences_made(sequences)
+    if params.n_seq_max > 1:
         params.kv_unified = True  # cells for whichever sequence needs them, and shared beginnings stored once
     params.swa_full = False  # a sliding window keeps what it can see; the library's own tools do the same
     params.n_outputs_max = max(OUTPUT_ROWS, params.n_seq_max)  # rows of logits; the default reserves n_batch of them

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -74,7 +73,3 @@ class Model:
         buffer = (ctypes.c_char * size)()
         self.lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
         return bytes(buffer)
-
-    def detokenize(self, tokens: Iterable[int]) -> str:
-        """The text of ``tokens``; bytes that make no character become U+FFFD."""
-        return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import Any, Final
 
 from runtime.settings import Settings, parse_split
 
-_EXPERTS: Final = r"blk\.%d\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-"""One layer's experts, as llama.cpp's --n-cpu-moe names them (LLM_FFN_EXPS_REGEX in common/common.h)."""
+_EXPERTS: Final = r"blk\.(%s)\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+"""The experts of layers, as llama.cpp's --n-cpu-moe names them (LLM_FFN_EXPS_REGEX in common/common.h)."""
 
 
 class TensorOverride(ctypes.Structure):
@@ -29,13 +30,18 @@ def apply_placement(lib: Any, params: Any, settings: Settings) -> object:
         split = (ctypes.c_float * most)(*shares[:most])
         params.tensor_split = ctypes.cast(split, type(params.tensor_split))
         kept.append(split)
-    if layers := settings.number("n_cpu_moe"):
-        library = ctypes.CDLL(lib._lib._name)
-        library.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
-        host = library.ggml_backend_cpu_buffer_type()
-        most = lib.llama_max_tensor_buft_overrides() - 1
-        named = [TensorOverride((_EXPERTS % layer).encode(), host) for layer in range(min(layers, most))]
-        overrides = (TensorOverride * (len(named) + 1))(*named, TensorOverride(None, None))
-        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-        kept.append(overrides)
+    kept.append(keep_experts(lib, params, range(settings.number("n_cpu_moe"))))
     return kept
+
+
+def keep_experts(lib: Any, params: Any, layers: Iterable[int]) -> object:
+    """Point ``params`` at the rule that keeps the experts of ``layers`` on the host; keep what is returned as above."""
+    numbers = "|".join(map(str, sorted(layers)))
+    if not numbers:
+        return None
+    library = ctypes.CDLL(lib._lib._name)
+    library.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    named = TensorOverride((_EXPERTS % numbers).encode(), library.ggml_backend_cpu_buffer_type())
+    rules = (TensorOverride * 2)(named, TensorOverride(None, None))
+    params.tensor_buft_overrides = ctypes.cast(rules, ctypes.c_void_p)
+    return rules

@@ -115,6 +115,8 @@ def build_chain(model: Model, options: SamplingOptions, prompt: Sequence[int]) -
     Penalties count the end of ``prompt`` too. The grammar is not in it: see ``draw.py``. Raises UsageError for a
     biased token that the model does not have.
     """
+    if (alien := next((token for token in options.logit_bias if not 0 <= token < model.n_vocab), None)) is not None:
+        raise UsageError(f"--logit-bias names token {alien}", hint=f"this model's tokens are 0 to {model.n_vocab - 1}")
     lib = model.lib
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     for sampler in _samplers(model, options):
@@ -129,8 +131,6 @@ def _samplers(model: Model, options: SamplingOptions) -> list[Any]:
     lib, n_vocab = model.lib, model.n_vocab
     made = []
     if options.logit_bias:
-        if alien := next((token for token in options.logit_bias if not 0 <= token < n_vocab), None):
-            raise UsageError(f"--logit-bias names token {alien}", hint=f"this model's tokens are 0 to {n_vocab - 1}")
         pairs = [lib.llama_logit_bias(token, bias) for token, bias in options.logit_bias.items()]
         made.append(lib.llama_sampler_init_logit_bias(n_vocab, len(pairs), (lib.llama_logit_bias * len(pairs))(*pairs)))
     if options.mirostat:

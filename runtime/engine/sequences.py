@@ -19,9 +19,9 @@ from runtime.engine.logprobs import Rows
 from runtime.engine.prefix import common_prefix
 from runtime.engine.reply import Chunk, FinishReason, Reply, ReplyStats
 from runtime.engine.sampling import SamplingOptions
-from runtime.engine.speculate import MOST_SEQUENCES
 from runtime.engine.text import Pieces
 from runtime.interrupts import Interrupt
+from runtime.settings import MOST_SEQUENCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Request:
     @property
     def room(self) -> int:
         """Places of the cache that it may take: its last token is never decoded."""
-        return len(self.prompt) + self.limit - 1
+        return len(self.prompt) + max(self.limit, 1) - 1
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,9 @@ class Together:
                 for lane in list(self.lanes):
                     if status:
                         lane.reply.finish = self.context.stopped(status)
-                    elif lane.row is not None:
+                    elif lane.row is None:
+                        continue
+                    else:
                         yield from self._draw(lane)
                     if lane.reply.finish:
                         if rest := lane.reply.rest():
@@ -166,6 +168,10 @@ class Together:
 
     def _draw(self, lane: Lane) -> Iterator[tuple[int, Chunk]]:
         assert lane.row is not None
+        if lane.reply.finish:  # no token is wanted
+            self._lib.llama_synchronize(self.context.handle)
+            lane.prompt_done = time.perf_counter()
+            return
         if lane.prompt_done:
             lane.steps += 1
         token = lane.sampler.draw(lane.row)
@@ -176,7 +182,7 @@ class Together:
         lane.todo = [token]
 
     def _leave(self, lane: Lane) -> None:
-        self._lib.llama_memory_seq_rm(self._memory, lane.sequence, -1, -1)
+        self.context.forget(lane.sequence)
         lane.sampler.close()
         self.lanes.remove(lane)
 

@@ -19,14 +19,13 @@ import struct
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from runtime.engine.context import Context
 from runtime.engine.prefix import Checkpoint
 from runtime.interrupts import Interrupt
+from runtime.library_id import build_id
 from toolchain.base import console, files
 from toolchain.base.errors import ArtifactError, FoundryError, UsageError
 
@@ -134,7 +133,7 @@ def restore(context: Context, path: Path, *, interrupt: Interrupt | None) -> Sav
     tokens = _tokens(context, saved)
     context.clear()
     why, cache_types = "", _cache_types(context)
-    if saved.build != build_id(context.model.lib):
+    if saved.build != build_id():
         why = f"it was saved by another build of the library ({saved.build})"
     elif saved.cache_types != cache_types:
         why = f"its cache is {'/'.join(saved.cache_types)}, this one {'/'.join(cache_types)}"
@@ -144,15 +143,6 @@ def restore(context: Context, path: Path, *, interrupt: Interrupt | None) -> Sav
         console.warn(f"{path.name}: {why}; reading its {saved.tokens} tokens again")
         context.decode_prompt(tokens, interrupt)
     return saved
-
-
-@cache
-def build_id(lib: Any) -> str:
-    """The build of the library: the version of its package, which names the commit and the toolchain."""
-    try:
-        return metadata.version("llama-cpp-python")
-    except metadata.PackageNotFoundError:
-        return str(lib.llama_version().decode())
 
 
 def _cache_types(context: Context) -> tuple[str, str]:
@@ -165,7 +155,7 @@ def _statement(context: Context, written: int, note: Mapping[str, object]) -> di
     return {
         "model": context.model.identity,
         "model_name": context.model.path.name,
-        "build": build_id(context.model.lib),
+        "build": build_id(),
         "n_ctx": context.n_ctx,
         "cache_types": list(_cache_types(context)),
         "adapters": [[adapter.identity, scale] for adapter, scale in context.adapters],

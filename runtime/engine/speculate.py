@@ -18,12 +18,7 @@ from typing import Any, Final
 
 from runtime.engine.context import Context
 from runtime.engine.model import Model
-
-OUTPUT_ROWS: Final = 16
-"""Rows of logits that a context is made for: the drawn token and a draft of 15, or one for each of 16 sequences."""
-
-MOST_SEQUENCES: Final = OUTPUT_ROWS
-"""Replies that are decoded together at most: each wants a row of logits."""
+from runtime.settings import OUTPUT_ROWS
 
 _TOKEN_BITS: Final = 24  # no vocabulary has 16 million tokens
 _TWO_TOKENS: Final = (1 << 2 * _TOKEN_BITS) - 1

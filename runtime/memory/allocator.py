@@ -18,7 +18,7 @@ _IN_PLACE: Final = frozenset(  # ggml_op_can_inplace
     {
         *("FILL", "SCALE", "DIAG_MASK_ZERO", "DIAG_MASK_INF", "ADD", "ADD_ID", "ADD1", "SUB", "MUL", "DIV", "SQR"),
         *("SQRT", "LOG", "UNARY", "ROPE", "ROPE_BACK", "SILU_BACK", "RMS_NORM", "RMS_NORM_BACK", "CLAMP", "SOFT_MAX"),
-        *("SOFT_MAX_BACK"),
+        "SOFT_MAX_BACK",
     }
 )
 _ENDLESS: Final = 2**62

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from runtime.engine.placement import keep_experts
 from runtime.library import import_library, route_log
 from runtime.library_log import LibraryLog
 from runtime.memory.footprint import BufferBytes, Demand, Placement
@@ -24,9 +25,7 @@ from toolchain.base.ggml_types import GGML_TYPES_BY_NAME
 _BREAKDOWN: Final = "_Z26llama_get_memory_breakdownPK13llama_context"
 _FLASH_OFF, _FLASH_ON = 0, 1  # enum llama_flash_attn_type in llama.h
 _LOAD_MODE_NONE: Final = 0  # enum llama_load_mode
-_DEVICE_CPU: Final = 0  # enum ggml_backend_dev_type in ggml-backend.h
 _MOST_BUFFER_TYPES: Final = 64
-_EXPERTS_PATTERN: Final = r"blk\.(%s)\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 def can_ask() -> bool:
@@ -69,7 +68,8 @@ def _ask(
     params.n_gpu_layers = placement.n_gpu_layers
     split = (ctypes.c_float * max(1, lib.llama_max_devices()))(*placement.tensor_split)
     params.tensor_split = ctypes.cast(split, type(params.tensor_split))
-    kept = _keep_experts(raw, placement, params)
+    layers = placement.cpu_expert_layers
+    kept = keep_experts(lib, params, range(layers) if isinstance(layers, int) else layers)
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ArtifactError(f"the library refuses {path.name}", evidence=log.tail())
@@ -97,27 +97,6 @@ def _context_params(lib: Any, demand: Demand, placement: Placement) -> Any:
     params.flash_attn_type = _FLASH_ON if demand.flash_attn else _FLASH_OFF
     params.offload_kqv = placement.offload_kqv
     return params
-
-
-class _Override(ctypes.Structure):
-    """llama_model_tensor_buft_override in llama.h."""
-
-    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
-
-
-def _keep_experts(raw: Any, placement: Placement, params: Any) -> object:
-    """Point ``params`` at the rule that keeps experts on the host; what is returned must live as long."""
-    layers = placement.cpu_expert_layers
-    numbers = sorted(range(layers) if isinstance(layers, int) else layers)
-    if not numbers:
-        return None
-    raw.ggml_backend_dev_by_type.restype = raw.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
-    raw.ggml_backend_dev_buffer_type.argtypes = [ctypes.c_void_p]
-    host = raw.ggml_backend_dev_buffer_type(raw.ggml_backend_dev_by_type(_DEVICE_CPU))
-    pattern = (_EXPERTS_PATTERN % "|".join(map(str, numbers))).encode()
-    rules = (_Override * 2)(_Override(pattern, host), _Override(None, None))
-    params.tensor_buft_overrides = ctypes.cast(rules, ctypes.c_void_p)
-    return rules
 
 
 def _by_device(raw: Any, model: Any, context: Any, results: int) -> tuple[BufferBytes, ...]:

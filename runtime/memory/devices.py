@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 from runtime.memory.kernels import Backend, Build
@@ -81,6 +81,17 @@ class Device:
         return self.bandwidth_origin.startswith("measured")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LibraryGpu:
+    """One GPU as the library counts it, with its memory in bytes, 0 where its driver does not tell. An ``integrated``
+    one uses the host's."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    integrated: bool
+
+
 def devices_here(machine: Machine, build: Build, *, host_bandwidth: float | None = None) -> tuple[Device, ...]:
     """The host first, then each GPU that ``build`` can use; one unified device where they share their memory.
 
@@ -100,9 +111,43 @@ def devices_here(machine: Machine, build: Build, *, host_bandwidth: float | None
         total, free = machine.ram_bytes, machine.available_bytes
         return (_unified(shared.name, total, free, rate, "NVIDIA's figure", build.gpu_backend, threads),)
     host = _host("host", machine.ram_bytes, machine.available_bytes, host_rate, origin, threads)
-    if build.gpu_backend is None:
+    if build.gpu_backend is None or not knows_gpus(machine, build):
         return (host,)
-    return (host, *(_card(gpu, build.gpu_backend) for gpu in machine.gpus if gpu.memory_bytes))
+    return (host, *(_card(gpu, build.gpu_backend) for gpu in machine.gpus))
+
+
+def knows_gpus(machine: Machine, build: Build) -> bool:
+    """Whether ``machine`` tells the GPUs that ``build`` uses, with their memory; else the library is to be asked.
+
+    NVML tells NVIDIA's, and CUDA uses all of them; a slice of one (MIG) has memory that only CUDA tells.
+    """
+    if build.gpu_backend in (None, "Metal"):
+        return True
+    whole = all(gpu.memory_bytes or gpu.shares_memory for gpu in machine.gpus)
+    return build.gpu_backend == "CUDA" and bool(machine.gpus) and whole
+
+
+def with_library_gpus(here: tuple[Device, ...], told: Sequence[LibraryGpu], build: Build) -> tuple[Device, ...]:
+    """``here``, a host, with the GPUs that the library ``told`` of; one unified device for an integrated GPU."""
+    host, backend = here[0], build.gpu_backend
+    known = [gpu for gpu in told if gpu.total_bytes]
+    if backend is None or not known:
+        return here
+    if known[0].integrated:
+        made = _unified(
+            known[0].name,
+            host.total_bytes,
+            host.free_bytes,
+            host.bandwidth_bytes_s,
+            host.bandwidth_origin,
+            backend,
+            host.threads,
+        )
+        return (replace(made, gpu_limit_bytes=min(known[0].total_bytes, host.total_bytes)),)
+    return (
+        host,
+        *(_card(Gpu(name=g.name, memory_bytes=g.total_bytes, free_bytes=g.free_bytes), backend) for g in known),
+    )
 
 
 def devices_described(
@@ -110,7 +155,8 @@ def devices_described(
 ) -> tuple[Device, ...]:
     """Another machine: ``ram``, ``vram`` (a text for each GPU, or several with commas; ``0``: none) or ``unified``.
 
-    Each is ``16GiB`` or ``16GiB@51``, with a bandwidth in GB/s. What is not given is as on this machine, ``here``.
+    Each is ``16GiB`` or ``16GiB@51``, with a bandwidth in GB/s. What is not given is as on this machine, ``here``:
+    where that has one memory for both, ``ram`` alone is another size of it, and with ``vram`` it is a host's.
 
     Raises UsageError for a text that is no size, and for ``unified`` beside another.
     """
@@ -122,10 +168,15 @@ def devices_described(
         return (_unified("unified", size, _after_reserve(size), rate or 100e9, _typed(rate), backend, 0),)
     cards = [text for given in vram for text in given.split(",")]
     gpus = here[1:] if not vram else ()
+    whole = here[0].kind == "unified"
     if ram is None:
-        host = here[0]
+        host = _as_host(here[0]) if whole else here[0]
     else:
         size, rate = parse_size(ram, "--ram")
+        if whole and not vram:
+            same, free = here[0], _after_reserve(size)
+            rate, origin = (rate, "as typed") if rate else (same.bandwidth_bytes_s, same.bandwidth_origin)
+            return (_unified(same.name, size, free, rate, origin, same.backend, 0),)
         host = _host("host", size, _after_reserve(size), rate or _HOST_BANDWIDTH, _typed(rate), 0)
     for number, text in enumerate(cards):
         size, rate = parse_size(text, "--vram")
@@ -145,6 +196,12 @@ def parse_size(text: str, option: str) -> tuple[int, float]:
         raise UsageError(f"{option}: {text!r} is no size", hint=f"{option} 16GiB, or {option} 16GiB@51 (GB/s)")
     scale = {"": 1, "K": 1 << 10, "M": MIB, "G": GIB, "T": 1 << 40}[(found[2] or "").upper()]
     return int(float(found[1]) * scale), float(found[3] or 0) * 1e9
+
+
+def _as_host(unified: Device) -> Device:
+    """The memory of a host with a GPU in it as a host's alone."""
+    margin = _host_margin(unified.total_bytes)
+    return replace(unified, name="host", kind="cpu", backend="CPU", gpu_limit_bytes=None, margin_bytes=margin)
 
 
 def _typed(rate: float) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "Placement",
     "Traits",
     "adapter_bytes",
+    "adapter_compute",
     "footprint",
     "layer_table",
     "mmproj_bytes",
@@ -130,6 +131,20 @@ def mmproj_bytes(header: GgufHeader) -> int:
 def adapter_bytes(header: GgufHeader) -> int:
     """Weights of a LoRA adapter; each pair lies on the device of the tensor that it changes (llama-adapter.cpp)."""
     return _file_bytes(header)
+
+
+def adapter_compute(header: GgufHeader, n_ubatch: int, *, n_expert_used: int = 1) -> int:
+    """What a LoRA adapter adds to a device's compute buffer at most, for a micro-batch of ``n_ubatch`` tokens.
+
+    Each target adds a product of its rank, one of its width and their sum to the graph (build_lora_mm in
+    llama-graph.cpp), which are free again before the next one: the widest counts, twice for what holes it leaves.
+    """
+    widest = 0
+    for tensor in header.tensors:
+        if tensor.name.endswith(".lora_b"):  # rank, width and, of experts, their number
+            rank, width, *experts = tensor.shape
+            widest = max(widest, (rank + width) * (n_expert_used if experts and experts[0] > 1 else 1))
+    return 2 * widest * n_ubatch * 4
 
 
 def _layer(weights: LayerWeights, kv: int) -> LayerBytes:

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.memory.devices import Device, devices_here
+from runtime.library_id import build_id
+from runtime.memory.devices import Device, devices_here, knows_gpus, with_library_gpus
 from runtime.memory.footprint import CUDA, BufferBytes, Demand, Placement, Traits, footprint, repacked_types
 from runtime.memory.kernels import Build, installed_build
 from runtime.memory.learned import Lessons, lessons_for, made_buffers
 from runtime.memory.plan import MemoryPlan, Request, plan_memory
+from runtime.memory.shape import shape_of
 from runtime.memory.sizes import Ask
 from runtime.settings import Setting, Settings, parse_split
 from runtime.tune.bandwidth import recorded_bandwidth
-from runtime.tune.record import build_id
 from toolchain.base.errors import FoundryError, MissingError
 from toolchain.base.gguf import GgufHeader, read_header
 from toolchain.base.machine import Machine
@@ -22,7 +23,9 @@ from toolchain.base.machine import Machine
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan with all that went into it."""
+    """A plan with all that went into it. ``idle`` names GPUs of this machine that the build cannot use; ``untold`` says
+    why the GPUs that it can use are not known.
+    """
 
     headers: tuple[GgufHeader, ...]
     devices: tuple[Device, ...]
@@ -31,6 +34,8 @@ class Planned:
     traits: Traits
     lessons: Lessons
     plan: MemoryPlan
+    idle: str = ""
+    untold: str = ""
 
     def again(self, lessons: Lessons) -> Planned:
         """With other lessons."""
@@ -40,15 +45,17 @@ class Planned:
         """With the library's own sizes where it tells them for these devices, else as it is."""
         try:
             return _planned(self, ask=library_sizes(self.headers[0].path, len(self.plan.choice.needs)))
-        except FoundryError:
-            return self
+        except FoundryError as error:
+            note = f"the library was not asked, sizes are computed: {error.message}"
+            return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, note)))
 
     def has_room_for(self, settings: Settings) -> bool:
         """Whether ``settings`` fit as the layers lie now."""
         n_gpus = len(self.plan.choice.needs) - 1
         demand, placement = as_demand(self.plan.demand, settings), as_placement(settings, n_gpus)
         computed = footprint(self.headers, demand, placement, n_gpus, traits=self.traits)
-        buffers = self.lessons.corrected(demand, placement, computed)
+        used = max(shape_of(self.headers).n_expert_used, default=1)
+        buffers = self.request.with_adapters(self.lessons.corrected(demand, placement, computed), demand, used)
         more = [max(0, each.compute - need.compute) for each, need in zip(buffers, self.plan.choice.needs, strict=True)]
         if len(self.plan.devices) == 1:
             return sum(more) <= self.plan.devices[0].left_bytes
@@ -72,27 +79,65 @@ def plan_here(
     *,
     mmproj_bytes: int = 0,
     adapter_bytes: int = 0,
+    adapters: Sequence[GgufHeader] = (),
     sequences: int = 1,
     devices: tuple[Device, ...] | None = None,
     build: Build | None = None,
 ) -> Planned:
     """Plan the model of ``headers`` (all shards, the first first) for ``machine``, or for ``devices`` in its place with
-    another ``build``. What was ``asked`` for is kept. Nothing of the library is touched.
+    another ``build``. What was ``asked`` for is kept. Of ``adapters`` (their headers), which are part of
+    ``adapter_bytes``, the compute buffers are planned as well.
+
+    The library is loaded only where it alone knows its GPUs (``devices_at_hand``).
     """
     installed = build or installed_build()
-    found = devices or devices_here(machine, installed, host_bandwidth=recorded_bandwidth(machine))
+    found, untold = (devices, "") if devices else devices_at_hand(machine, installed)
     settled = {name: setting.value for name, setting in asked.items()}
     traits = replace(CUDA, repacked=repacked_types(machine.cpu_flags))
     known = Lessons()
     if devices is None:
         known = lessons_for(headers, [(device.name, device.total_bytes) for device in found], build_id())
-    request = Request(settled=settled, mmproj_bytes=mmproj_bytes, adapter_bytes=adapter_bytes, sequences=sequences)
-    plan = plan_memory(headers, found, request, learned=known, build=installed, traits=traits)
-    if devices is None and machine.gpus and installed.gpu_backend is None and "n_gpu_layers" not in asked:
-        plan = _without_backend(plan, machine)
-    return Planned(
-        headers=tuple(headers), devices=found, request=request, build=installed, traits=traits, lessons=known, plan=plan
+    request = Request(
+        settled=settled,
+        mmproj_bytes=mmproj_bytes,
+        adapter_bytes=adapter_bytes,
+        adapters=tuple(adapters),
+        sequences=sequences,
     )
+    idle = devices is None and installed.gpu_backend is None and "n_gpu_layers" not in asked
+    planned = Planned(
+        headers=tuple(headers),
+        devices=found,
+        request=request,
+        build=installed,
+        traits=traits,
+        lessons=known,
+        plan=plan_memory(headers, found, request, learned=known, build=installed, traits=traits),
+        idle=", ".join(gpu.name for gpu in machine.gpus) if idle else "",
+        untold=untold,
+    )
+    return replace(planned, plan=_with_gpus_told(planned))
+
+
+def devices_at_hand(machine: Machine, build: Build) -> tuple[tuple[Device, ...], str]:
+    """The devices of ``machine`` that ``build`` can use, and why its GPUs are not known; empty where they are.
+
+    Where the machine does not tell them, the library does.
+    """
+    found = devices_here(machine, build, host_bandwidth=recorded_bandwidth(machine))
+    if knows_gpus(machine, build) or found[0].kind == "unified":
+        return found, ""
+    from runtime.memory.library_devices import library_gpus
+
+    try:
+        told = library_gpus()
+    except FoundryError as error:
+        return found, error.message
+    if nameless := [gpu.name for gpu in told if not gpu.total_bytes]:
+        return found, f"the driver does not tell the memory of {', '.join(nameless)}"
+    if machine.gpus and not told:
+        return found, f"the library finds none of {', '.join(gpu.name for gpu in machine.gpus)}"
+    return with_library_gpus(found, told, build), ""
 
 
 def all_headers(header: GgufHeader) -> tuple[GgufHeader, ...]:
@@ -137,15 +182,6 @@ def as_placement(settings: Settings, n_gpus: int) -> Placement:
     )
 
 
-def _without_backend(plan: MemoryPlan, machine: Machine) -> MemoryPlan:
-    """Say that the GPUs of this machine are idle, and why."""
-    names = ", ".join(gpu.name for gpu in machine.gpus)
-    why = "this build has no GPU backend"
-    setting = Setting(name="n_gpu_layers", value=0, origin="tuned", reason=why)
-    warning = f"{why}, {names} stays idle: `./inv build --cuda`"
-    return replace(plan, settings=(*plan.settings, setting), warnings=(*plan.warnings, warning))
-
-
 def _planned(planned: Planned, *, ask: Ask | None) -> Planned:
     plan = plan_memory(
         planned.headers,
@@ -156,4 +192,22 @@ def _planned(planned: Planned, *, ask: Ask | None) -> Planned:
         build=planned.build,
         traits=planned.traits,
     )
-    return replace(planned, plan=plan)
+    told = replace(planned, plan=plan)
+    return replace(told, plan=_with_gpus_told(told))
+
+
+def _with_gpus_told(planned: Planned) -> MemoryPlan:
+    """The plan, saying which GPUs stay idle, and why."""
+    plan = planned.plan
+    if planned.idle:
+        why = "this build has no GPU backend"
+        warning = f"{why}, {planned.idle} stays idle: `./inv build --cuda`"
+    elif planned.untold:
+        why = f"GPUs are not planned for: {planned.untold}"
+        warning = f"{why}; `--n-gpu-layers` asks for layers there"
+    else:
+        return plan
+    settings = plan.settings
+    if "n_gpu_layers" not in planned.request.settled:
+        settings = (*settings, Setting(name="n_gpu_layers", value=0, origin="tuned", reason=why))
+    return replace(plan, settings=settings, warnings=(*plan.warnings, warning))

@@ -18,10 +18,11 @@ from typing import Any, Final
 
 from runtime.memory.footprint import BufferBytes, Demand, Placement
 from toolchain.base import files
+from toolchain.base.console import format_bytes
 from toolchain.base.errors import FoundryError
 from toolchain.base.gguf import GgufHeader
 
-_FORM: Final = 1
+_FORM: Final = 2  # 1 held sums over the contexts of a tuned start
 _MOST_LOADS: Final = 16  # the last ones
 _MOST_RATIO: Final = 2.0  # a larger one is a misreading
 _REMEMBERED_S: Final = 14 * 86400.0
@@ -101,7 +102,7 @@ class Lessons:
             asked=_asked(demand, placement),
             planned=tuple(each.compute for each in planned),
             compute=tuple(made["compute"]),
-            kv=tuple(made["kv"]),
+            kv=tuple(map(_kv, planned, made["kv"], made["caches"])),
         )
         others = [each for each in self.loads if each.asked != load.asked]
         return replace(self, loads=(load, *others)[:_MOST_LOADS])
@@ -111,6 +112,24 @@ class Lessons:
         others = [each for each in self.shortfalls if each.device != device]
         new = Shortfall(device=device, most_bytes=max(0, most_bytes), until=time.time() + _REMEMBERED_S)
         return replace(self, shortfalls=(new, *others))
+
+    def limits(self, devices: Iterable[str], *, now: float | None = None) -> tuple[str, ...]:
+        """Such as ``GPU 0 is filled to 6.80 GiB at most since a load failed on 2026-07-01``, for each limited one."""
+        at, names = time.time() if now is None else now, set(devices)
+        return tuple(
+            f"{each.device} is filled to {format_bytes(each.most_bytes)} at most since a load failed on "
+            + time.strftime("%Y-%m-%d", time.localtime(each.until - _REMEMBERED_S))
+            for each in self.shortfalls
+            if each.device in names and each.until > at
+        )
+
+    def doubted(self) -> Lessons:
+        """With shortfalls that limit nothing any more; a load that uses more then drops them (``current``)."""
+        return replace(self, shortfalls=tuple(replace(each, until=0.0) for each in self.shortfalls))
+
+    def current(self) -> Lessons:
+        """Without shortfalls of the past."""
+        return replace(self, shortfalls=tuple(each for each in self.shortfalls if each.until > time.time()))
 
     def keep(self) -> None:
         """Write them, whole or not at all; where nothing can be written, nothing is."""
@@ -142,11 +161,12 @@ def lessons_for(headers: Sequence[GgufHeader], devices: Iterable[tuple[str, int]
 
 
 def made_buffers(lines: Iterable[str], n_gpus: int) -> dict[str, list[int]] | None:
-    """Bytes of ``kv`` and ``compute`` buffers on the host and each GPU, from the library's log of one load.
+    """Bytes of ``kv`` and ``compute`` buffers on the host and each GPU, from the library's log of one context.
 
-    None where the log tells of no compute buffer, or of a device that is none of these.
+    ``caches`` counts the buffers that ``kv`` is the sum of. None where the log tells of no compute buffer, or of a
+    device that is none of these.
     """
-    made = {"kv": [0] * (n_gpus + 1), "compute": [0] * (n_gpus + 1)}
+    made = {name: [0] * (n_gpus + 1) for name in ("kv", "caches", "compute")}
     for line in lines:
         if found := _LINE.search(line):
             device = device_of_buffer(found[1])
@@ -154,6 +174,7 @@ def made_buffers(lines: Iterable[str], n_gpus: int) -> dict[str, list[int]] | No
                 return None
             size = int((float(found[3]) + _ROUNDED_MIB) * (1 << 20))
             made["compute" if found[2] == "compute" else "kv"][device] += size
+            made["caches"][device] += found[2] != "compute"
     return made if any(made["compute"]) else None
 
 
@@ -163,6 +184,12 @@ def device_of_buffer(buffer: str) -> int:
         return 0
     number = re.search(r"(\d+)$", buffer)
     return 1 + int(number[1]) if number else 1
+
+
+def _kv(planned: BufferBytes, made: int, caches: int) -> int:
+    """``planned`` where the log's rounded figures agree with it, else ``made``."""
+    hidden = caches * int(2 * _ROUNDED_MIB * (1 << 20) + 1)
+    return planned.kv if abs(made - planned.kv) <= hidden else made
 
 
 def _asked(demand: Demand, placement: Placement) -> str:

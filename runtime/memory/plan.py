@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from runtime.memory import words
 from runtime.memory.devices import Device, DeviceKind
-from runtime.memory.footprint import CUDA, Demand, Placement, Traits, supported
+from runtime.memory.footprint import CUDA, BufferBytes, Demand, Placement, Traits, adapter_compute
 from runtime.memory.kernels import Build, installed_build, is_fast
 from runtime.memory.learned import Lessons
 from runtime.memory.search import Choice, Search, as_fixed, default_context, pooled
@@ -23,18 +23,38 @@ from runtime.memory.weights import EXPERTS
 from runtime.settings import Setting, Value
 from toolchain.base.gguf import GgufHeader
 
+_MOST_ASKED: Final = 4  # an answer takes the library some tenths of a second
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is settled already, by setting; the rest is for the plan to choose.
 
-    ``mmproj_bytes`` and ``adapter_bytes`` ride along. ``sequences`` replies are decoded together.
+    ``mmproj_bytes`` and ``adapter_bytes`` ride along; ``adapters``, headers of what the latter are, add to compute
+    buffers. ``sequences`` replies are decoded together.
     """
 
     settled: Mapping[str, Value] = field(default_factory=dict)
     mmproj_bytes: int = 0
     adapter_bytes: int = 0
+    adapters: tuple[GgufHeader, ...] = ()
     sequences: int = 1
+
+    def with_adapters(self, buffers: tuple[BufferBytes, ...], demand: Demand, used: int = 1) -> tuple[BufferBytes, ...]:
+        """``buffers`` with what adapters add to each device's compute; ``used`` experts work on a token."""
+        more = sum(adapter_compute(each, demand.n_ubatch, n_expert_used=used) for each in self.adapters)
+        return tuple(replace(each, compute=each.compute + more) for each in buffers)
+
+
+@dataclass(kw_only=True)
+class _Sizes(Sizes):
+    """With what adapters add to compute buffers, whoever told the rest: the library is asked without them."""
+
+    request: Request
+    used: int
+
+    def buffers(self, demand: Demand, placement: Placement) -> tuple[BufferBytes, ...]:
+        return self.request.with_adapters(super().buffers(demand, placement), demand, self.used)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +127,16 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan a model (its header, or those of all shards, the first first) on ``devices`` (host first).
 
-    ``ask`` is the library's own answer: the arithmetic searches, the library has the last word. ``build`` is the
-    installed one unless given.
+    ``ask`` is the library's own answer: the arithmetic searches, the library has the last word, ``_MOST_ASKED`` times
+    at most. ``build`` is the installed one unless given.
     """
     lessons = learned or Lessons()
     spared = tuple(_spared(device, lessons) for device in devices)
     shape = shape_of(headers)
     n_gpus = 1 if spared[0].kind == "unified" else len(spared) - 1
-    sizes = Sizes(
+    sizes = _Sizes(
+        request=request,
+        used=max(shape.n_expert_used, default=1),
         headers=headers,
         n_gpus=n_gpus,
         mmproj_bytes=request.mmproj_bytes,
@@ -130,10 +152,10 @@ def plan_memory(
         work=work_of(headers, shape),
         fixed=as_fixed(request.settled, request.sequences),
     )
-    choice = search.best()
+    choice, wary = search.best(), search
     if ask is not None:
-        search, choice = _asked(search, choice, ask)
-    return _plan(search, choice, request, exact=ask is not None)
+        wary, choice = _asked(search, choice, ask)
+    return _plan(search, choice, request, wary=wary, exact=ask is not None)
 
 
 def work_of(headers: Sequence[GgufHeader], shape: ModelShape) -> Work:
@@ -153,25 +175,41 @@ def _spared(device: Device, lessons: Lessons) -> Device:
 
 
 def _asked(search: Search, choice: Choice, ask: Ask) -> tuple[Search, Choice]:
-    """The choice with the library's sizes; searched again with them where it does not fit after all."""
-    parts = search.sizes.needs(choice.demand, choice.layout)
-    asking = replace(search, sizes=replace(search.sizes, ask=ask, _known={}))
+    """The choice with the library's sizes; where it does not fit after all, the arithmetic searches again with as much
+    kept free as it was wrong by. The search that knows of it comes with the choice."""
+    asking, wary = replace(search, sizes=replace(search.sizes, ask=ask, _known={})), search
     told = asking.choice(choice.demand, choice.layout)
-    if choice.fits and not told.fits:
-        told = asking.best()
-        parts = search.sizes.needs(told.demand, told.layout)
+    short = [0] * len(told.needs)
+    for _ in range(_MOST_ASKED - 1):
+        if told.fits or not choice.fits:
+            break
+        computed = search.sizes.needs(told.demand, told.layout)
+        wrong = [one.total - other.total for one, other in zip(told.needs, computed, strict=True)]
+        short = [max(one, other) for one, other in zip(short, wrong, strict=True)]
+        wary = replace(search, devices=_warier(search.devices, short))
+        choice = wary.best()
+        if choice.fits:
+            told = asking.choice(choice.demand, choice.layout)
+    parts = search.sizes.needs(told.demand, told.layout)
     named = tuple(  # the library does not tell experts and logits apart
         replace(need, experts=part.experts, output=part.output) for need, part in zip(told.needs, parts, strict=True)
     )
-    return asking, replace(told, needs=named)
+    return wary, replace(told, needs=named)
 
 
-def _plan(search: Search, choice: Choice, request: Request, *, exact: bool) -> MemoryPlan:
+def _warier(devices: tuple[Device, ...], short: Sequence[int]) -> tuple[Device, ...]:
+    """With margins larger by ``short`` bytes (host first)."""
+    each = [sum(short)] if devices[0].kind == "unified" else short
+    pairs = zip(devices, each, strict=True)
+    return tuple(replace(device, margin_bytes=device.margin_bytes + more) for device, more in pairs)
+
+
+def _plan(search: Search, choice: Choice, request: Request, *, wary: Search, exact: bool) -> MemoryPlan:
     devices = _device_plans(search, choice.needs)
     placement = choice.layout.placement
-    notes = list(words.notes(search, choice))
-    if not exact and any(supported([header]) == "estimated" for header in search.sizes.headers[:1]):
-        notes.append(f"compute buffers of {search.shape.architecture} models are estimated, with a margin of a quarter")
+    notes = [*words.notes(search, choice), *search.sizes.lessons.limits(device.name for device in search.devices)]
+    if not exact:
+        notes += words.estimates(search, choice)
     return MemoryPlan(
         settings=_settings(search, choice, devices, request),
         devices=devices,
@@ -181,7 +219,7 @@ def _plan(search: Search, choice: Choice, request: Request, *, exact: bool) -> M
         tensor_split=choice.layout.counts if len(choice.layout.counts) > 1 else (),
         notes=tuple(notes),
         warnings=_warnings(search, choice),
-        instead="" if choice.fits else words.instead(search, choice),
+        instead="" if choice.fits else words.instead(wary, choice),
         exact=exact,
         demand=choice.demand,
         placement=placement,
@@ -231,7 +269,7 @@ def _settings(search: Search, choice: Choice, devices: tuple[DevicePlan, ...], r
         wanted["n_ctx"] = (demand.n_ctx, f"lowered from {default_context(search.shape)}: no more fits")
     if demand.n_ubatch != search.demand(demand.n_ctx).n_ubatch:
         wanted["n_ubatch"] = (demand.n_ubatch, words.ubatch_reason(demand))
-    if demand.type_k == "q8_0":
+    if demand.type_k == "q8_0" and (search.fixed.type_k, search.fixed.type_v) == (None, None):
         reason = words.cache_reason(search, choice)
         wanted |= {"type_k": (demand.type_k, reason), "type_v": (demand.type_v, reason)}
     return tuple(

@@ -19,7 +19,7 @@ from runtime.memory.placement import layer_devices
 from runtime.memory.shape import ModelShape
 from runtime.memory.sizes import Need, Sizes
 from runtime.memory.speed import Speed, Work, predict
-from runtime.settings import DEFAULT_N_CTX, parse_split
+from runtime.settings import DEFAULT_N_CTX, OUTPUT_ROWS, parse_split, sequences_made
 
 LEAST_N_CTX: Final = 512
 """The default context is lowered to no less."""
@@ -29,9 +29,6 @@ Q8_WORTH: Final = 1.10
 
 UBATCH_WORTH: Final = 1.05
 """Another micro-batch than llama.cpp's has to make a turn faster by as much."""
-
-OUTPUT_ROWS: Final = 16
-"""Rows of logits that the engine asks for (OUTPUT_ROWS of runtime/engine/speculate.py)."""
 
 UBATCHES: Final = (1024, 2048, 256, 128)
 _ROUNDS: Final = 6  # of packing layers and computing the buffers that come with the packing
@@ -267,8 +264,8 @@ def pooled(needs: Sequence[Need], device: Device, sizes: Sizes) -> int:
     return total
 
 
-def as_fixed(values: Mapping[str, int | str], n_seq_max: int = 1) -> Fixed:
-    """From settled settings by name; a ``tensor_split`` of no numbers is none."""
+def as_fixed(values: Mapping[str, int | str], sequences: int = 1) -> Fixed:
+    """From settled settings by name and the replies decoded together; a ``tensor_split`` of no numbers is none."""
     numbers = {name: value for name, value in values.items() if isinstance(value, int)}
     split = parse_split(str(values.get("tensor_split", "")))
     return Fixed(
@@ -280,5 +277,5 @@ def as_fixed(values: Mapping[str, int | str], n_seq_max: int = 1) -> Fixed:
         n_ubatch=numbers.get("n_ubatch"),
         type_k=str(values["type_k"]) if "type_k" in values else None,
         type_v=str(values["type_v"]) if "type_v" in values else None,
-        n_seq_max=numbers.get("n_seq_max", n_seq_max),
+        n_seq_max=sequences_made(sequences),
     )

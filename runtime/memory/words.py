@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from runtime.memory.footprint import Demand
+from runtime.memory.footprint import Demand, supported
 from runtime.memory.kernels import is_fast
 from runtime.memory.layout import Layout
 from toolchain.base.console import format_bytes
@@ -81,6 +81,15 @@ def notes(search: Search, choice: Choice) -> Iterator[str]:
             yield "the cache stays f16: layers on the host have no fast kernel for q8_0"
         elif search.gpus and not search.is_fast("q8_0", "q8_0"):
             yield "the cache stays f16: this build has no fast kernel for q8_0 with these heads"
+
+
+def estimates(search: Search, choice: Choice) -> Iterator[str]:
+    """Which figures of a plan that is computed are no more than estimates."""
+    if supported(search.sizes.headers) == "estimated":
+        yield f"compute buffers of {search.shape.architecture} models are estimated, with a margin of a quarter"
+    others = sorted({device.backend for device in search.gpus} - {"CPU", "CUDA"})
+    if others and choice.layout.n_gpu_layers:
+        yield f"compute buffers on {', '.join(others)} are estimated: they are computed as CUDA's would be"
 
 
 def instead(search: Search, choice: Choice) -> str:

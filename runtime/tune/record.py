@@ -9,7 +9,6 @@ the best number of threads.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
+from runtime.library_id import build_id
 from runtime.settings import Settings
 from runtime.tune.search import Found, Point
 from toolchain.base import files
@@ -33,10 +33,11 @@ TUNED: Final[tuple[TunedName, ...]] = ("n_threads", "n_threads_batch", "n_ubatch
 NOISY: Final = 0.10
 """Bursts that deviate by more from their median decide nothing."""
 ATTEMPTS: Final = 3
-"""So often a noisy measurement is made again, at later starts; then what there is stays."""
+"""So often a noisy or failed measurement is made again, at later starts; then what there is stays."""
 
-_FORM: Final = 1  # of the record and the search that it came from
+_FORM: Final = 2  # of the record and the search that it came from
 _MOST: Final[Mapping[str, int]] = MappingProxyType({"n_threads": 512, "n_threads_batch": 512, "n_ubatch": 65536})
+_PLACEMENT: Final = ("n_gpu_layers", "n_cpu_moe", "tensor_split")  # what a machine with GPUs leaves to its CPUs
 # What places OpenMP's threads or makes them wait.
 _OPENMP: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
@@ -48,7 +49,8 @@ class Tuning:
     ``asked`` are the settings that were looked at; one without an entry in ``found`` could not be measured in the
     time and keeps its computed value. ``others`` is how many CPUs other processes kept busy meanwhile, ``crowded``
     whether they left fewer than the largest candidate wanted. ``depth`` is the number of tokens in the
-    cache while generation was measured, ``batch`` that of a prompt's piece.
+    cache while generation was measured, ``batch`` that of a prompt's piece. ``failed``: memory ran out or the library
+    failed, and what is in ``found`` is from before.
     """
 
     asked: tuple[TunedName, ...]
@@ -59,6 +61,7 @@ class Tuning:
     batch: int
     seconds: float
     attempts: int = 1
+    failed: bool = False
 
     @property
     def noise(self) -> float:
@@ -67,8 +70,8 @@ class Tuning:
 
     @property
     def settled(self) -> bool:
-        """Whether it can be relied on: steady figures on free CPUs, or no choice at all."""
-        return not self._choices() or (self.noise <= NOISY and not self.crowded)
+        """Whether it can be relied on: steady figures on free CPUs, or no choice at all; nothing failed."""
+        return not self.failed and (not self._choices() or (self.noise <= NOISY and not self.crowded))
 
     def covers(self, names: Sequence[TunedName]) -> bool:
         return set(names) <= set(self.asked)
@@ -87,6 +90,7 @@ class Tuning:
             "batch": self.batch,
             "seconds": round(self.seconds, 3),
             "attempts": self.attempts,
+            "failed": self.failed,
             "noise": round(self.noise, 4),
             "settled": self.settled,
         }
@@ -98,10 +102,17 @@ def wanted(settings: Settings) -> tuple[TunedName, ...]:
     return tuple(name for name in TUNED if settings[name].origin in free[name])
 
 
+def threads_guessed(header: GgufHeader, machine: Machine, settings: Settings) -> bool:
+    """Whether a number of threads in ``settings`` is computed, with no measurement behind it."""
+    threads = [name for name in wanted(settings) if name != "n_ubatch"]
+    known = recorded(header, machine, settings)
+    return bool(threads) and (known is None or not set(threads) <= set(known.found))
+
+
 def recorded(header: GgufHeader, machine: Machine, settings: Settings) -> Tuning | None:
     """What is known of this model here, if it answers for all that ``settings`` leave open.
 
-    None when nothing is kept, when it cannot be read, and when it was noisy and may be measured again.
+    None when nothing is kept, when it cannot be read, and when it was noisy or failed and may be measured again.
     """
     known = _read(record_path(header, machine, settings))
     if known is None or not known.covers(wanted(settings)):
@@ -112,14 +123,15 @@ def recorded(header: GgufHeader, machine: Machine, settings: Settings) -> Tuning
 def keep(tuning: Tuning, header: GgufHeader, machine: Machine, settings: Settings) -> Tuning:
     """Keep ``tuning`` beside what is known of settings that it did not ask for; what is now kept.
 
-    Where nothing can be written, nothing is: the next start measures again.
+    One that failed takes nothing away from what is known. Where nothing can be written, nothing is: the next start
+    measures again.
     """
     path = record_path(header, machine, settings)
     if (known := _read(path)) is not None:
-        rest = [name for name in known.asked if name not in tuning.asked]
+        rest = [name for name in known.asked if name not in tuning.asked or tuning.failed]
         tuning = replace(
             tuning,
-            asked=(*tuning.asked, *rest),
+            asked=(*tuning.asked, *(name for name in rest if name not in tuning.asked)),
             found={**{name: known.found[name] for name in rest if name in known.found}, **tuning.found},
             attempts=known.attempts + 1 if known.covers(tuning.asked) else 1,
         )
@@ -135,7 +147,7 @@ def record_path(header: GgufHeader, machine: Machine, settings: Settings) -> Pat
         "form": _FORM,
         "machine": machine_identity(machine),
         "gpus": gpus,
-        "n_gpu_layers": settings.number("n_gpu_layers") if gpus else 0,
+        "placement": [settings[name].value for name in _PLACEMENT] if gpus else [],
         "model": [header.architecture, [[each.name, each.shape, each.type] for each in header.tensors], header.split],
         "build": build_id(),
         "openmp": [os.environ.get(name, OPENMP_DEFAULTS.get(name)) for name in _OPENMP],
@@ -147,20 +159,6 @@ def machine_identity(machine: Machine) -> dict[str, Any]:
     """What of a machine decides how fast a number of threads is; its memory and free memory do not."""
     names = ("system", "arch", "cpu_model", *Cpus.__dataclass_fields__)
     return {name: getattr(machine, name) for name in names}
-
-
-def build_id() -> str:
-    """The installed library, by its files' names, sizes and times; empty when llama_cpp is not installed.
-
-    The folder is the one that the bindings load from: LLAMA_CPP_LIB_PATH, else ``lib`` in their package.
-    """
-    named = os.environ.get("LLAMA_CPP_LIB_PATH")
-    spec = importlib.util.find_spec("llama_cpp")  # finds the package, and does not import it
-    if not named and (spec is None or spec.origin is None):
-        return ""
-    folder = Path(named) if named else Path(str(spec and spec.origin)).parent / "lib"
-    seen = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("lib*"))]
-    return files.digest(seen)
 
 
 def _read(path: Path) -> Tuning | None:
@@ -175,6 +173,7 @@ def _read(path: Path) -> Tuning | None:
             "batch": int(batch),
             "seconds": int() | float() as seconds,
             "attempts": int(attempts),
+            "failed": bool(failed),
         } if form == _FORM and set(asked) <= set(TUNED) and set(found) <= set(asked):
             parsed = {name: _parse_found(name, each) for name, each in found.items()}
             if None not in parsed.values():
@@ -187,6 +186,7 @@ def _read(path: Path) -> Tuning | None:
                     batch=batch,
                     seconds=float(seconds),
                     attempts=attempts,
+                    failed=failed,
                 )
     return None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import gguf
 import numpy as np
 import pytest
 
+from runtime.commands.embed import check_room
+from runtime.commands.prepare import prepare
 from runtime.engine import Engine
 from runtime.engine.embeddings import Embedder, Pooling
 from runtime.engine.load import load, load_model
@@ -21,7 +26,7 @@ from runtime.settings import Settings, settle
 from tests.generated_models import write_model
 from tests.tiny_bert import N_CTX, N_EMBD, write_bert
 from toolchain.base import machine
-from toolchain.base.errors import UsageError
+from toolchain.base.errors import MemoryFitError, UsageError
 from toolchain.base.files import PROJECT_ROOT
 from toolchain.build.toolchain import Toolchain
 
@@ -189,3 +194,42 @@ def test_reranker_is_refused_and_bert_writes_no_text(bert: Path, tmp_path: Path)
     ranker = write_bert(tmp_path / "ranker.gguf", pooling=gguf.PoolingType.RANK)
     assert "is a reranker" in run("embed", ranker, "-p", "x").stderr
     assert "is an embedding model" in run("complete", bert, "-p", "x").stderr
+
+
+def started(*arguments: object) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOUNDRY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "runtime", *map(str, arguments)],
+        env={**environment, "PYTHONPATH": str(PROJECT_ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_line_is_answered_at_once_and_ctrl_c_ends_the_waiting(bert: Path) -> None:
+    with started("embed", bert) as child:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write("the cat\n")
+        child.stdin.flush()
+        assert len(json.loads(child.stdout.readline())) == N_EMBD
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=20) == 130
+
+
+def test_option_that_vectors_ignore_is_not_offered(bert: Path) -> None:
+    for option in ("--type-k", "--n-ubatch"):
+        done = run("embed", bert, "-p", "x", option, "512")
+        assert (done.returncode, "unrecognized arguments" in done.stderr) == (2, True)
+
+
+def test_context_that_does_not_fit_is_refused_before_it_is_made(bert: Path) -> None:
+    arguments = argparse.Namespace(model=str(bert), no_tune=True, lora=[], n_ctx=N_CTX)
+    found = prepare(arguments, "embeddings")
+    check_room(found, 128, 64)
+    small = tuple(replace(device, free_bytes=device.margin_bytes + 1000) for device in found.planned.devices)
+    with pytest.raises(MemoryFitError, match="texts of 128 tokens do not fit") as caught:
+        check_room(replace(found, planned=replace(found.planned, devices=small)), 128, 64)
+    assert "--n-ctx" in caught.value.hint

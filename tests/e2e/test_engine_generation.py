@@ -25,7 +25,7 @@ from runtime.engine.speculate import Purse
 from runtime.interrupts import Interrupt
 from runtime.settings import settle
 from toolchain.base import machine
-from toolchain.base.errors import UsageError
+from toolchain.base.errors import MemoryFitError, UsageError
 from toolchain.base.files import PROJECT_ROOT
 
 PROMPT = "The class statement"
@@ -264,7 +264,7 @@ def test_reader_that_leaves_early_leaves_a_cache_that_is_right(engine: Engine) -
         chunks = engine.stream(engine.tokenize(PROMPT), GREEDY, lookup=lookup)
         for _ in range(5):
             next(chunks)
-        chunks.close()  # type: ignore[attr-defined]
+        chunks.close()
         assert held(engine) == len(engine.context.cached)
         assert reply(engine, GREEDY)[0] == whole
 
@@ -277,6 +277,36 @@ def test_another_thread_stops_the_reply(engine: Engine) -> None:
     timer.join()
     assert stats.finish_reason in ("cancelled", "length")
     assert held(engine) == len(engine.context.cached)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_reply_that_is_left_after_the_engine_was_closed_touches_nothing(demo_gguf: Path, lookup: bool) -> None:
+    settings = settle(machine=machine.probe(), n_ctx_train=512, flags={"n_ctx": "256"})
+    with load(demo_gguf, settings, sequences=2) as engine:
+        one = engine.stream(engine.tokenize(LONG), GREEDY, lookup=lookup)
+        next(one)
+        context = engine.context
+    one.close()
+    assert (context.handle, context.keep(3)) == (None, 0)
+    with load(demo_gguf, settings, sequences=2) as engine:
+        several = engine.stream_many([engine.tokenize(PROMPT), engine.tokenize("A")], GREEDY, max_tokens=20)
+        next(several)
+    several.close()
+
+
+def test_context_that_found_no_memory_twice_says_so_at_the_next_use(
+    demo_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settle(machine=machine.probe(), n_ctx_train=512, flags={"n_ctx": "256"})
+    with load(demo_gguf, settings) as engine:
+        tokens = engine.tokenize(PROMPT)
+        told = b"failed to allocate buffer for kv cache\n"
+        monkeypatch.setattr(engine.model.lib, "llama_init_from_model", lambda *_: engine.model.log.write(4, told))
+        with pytest.raises(MemoryFitError, match="does not fit in memory"):
+            list(engine.stream_many([tokens, tokens], GREEDY))
+        for again in (engine.stream(tokens, GREEDY), engine.stream_many([tokens], GREEDY)):
+            with pytest.raises(MemoryFitError, match="no context any more"):
+                next(again)
 
 
 # Speculation
@@ -360,6 +390,18 @@ def test_stop_string_ends_only_the_reply_that_has_it(engine: Engine) -> None:
     assert texts == ["one ", "one two three"]
 
 
+def test_replies_of_no_token_draw_none(engine: Engine) -> None:
+    texts, stats = many(engine, [LONG, f"{LONG} and", PROMPT], GREEDY, max_tokens=0)
+    assert texts == ["", "", ""]
+    assert [(each.completion_tokens, each.finish_reason) for each in stats] == [(0, "length")] * 3
+    assert all(each.cached_tokens + each.processed_tokens == each.prompt_tokens for each in stats)
+
+
+def test_no_prompts_give_no_replies(engine: Engine) -> None:
+    many(engine, ["A", "B"], GREEDY)
+    assert list(engine.stream_many([], GREEDY)) == []
+
+
 def test_interrupt_ends_all_of_them(engine: Engine) -> None:
     interrupt = Interrupt()
     finished = []
@@ -381,13 +423,36 @@ def test_one_reply_after_many_is_as_before(engine: Engine) -> None:
 # The command line
 
 
-def complete(model: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def command(model: Path, *arguments: object) -> tuple[list[str], dict[str, str]]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FOUNDRY_")}
     argv = [sys.executable, "-m", "runtime", "complete", model, *arguments]
-    environment = {**clean, "PYTHONPATH": str(PROJECT_ROOT), "TERM": "dumb"}
+    return [str(each) for each in argv], {**clean, "PYTHONPATH": str(PROJECT_ROOT), "TERM": "dumb"}
+
+
+def complete(model: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    argv, environment = command(model, *arguments)
     return subprocess.run(
-        [str(each) for each in argv], env=environment, capture_output=True, text=True, timeout=120, check=False
+        argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
+
+
+@pytest.mark.parametrize("options", [("-p", PROMPT, "-p", "A function"), ("-p", LONG, "--lookup"), ("-p", PROMPT)])
+def test_reader_of_the_pipe_who_goes_away_ends_the_verb_in_order(demo_gguf: Path, options: tuple[str, ...]) -> None:
+    argv, environment = command(demo_gguf, "-n", 400, "--no-tune", *options)
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        told = process.stderr.read().decode()
+        assert process.wait(120) == 0, told
+    assert "Traceback" not in told
 
 
 def test_schema_from_a_file_and_probabilities_on_the_command_line(demo_gguf: Path, tmp_path: Path) -> None:
@@ -423,6 +488,7 @@ def test_several_prompts_give_several_replies_in_order(demo_gguf: Path) -> None:
         (("--grammar", 'root ::= "a"', "--json-schema", "{}"), "--grammar and --json-schema"),
         (("--logprobs", "1"), "--json"),
         (("--mirostat", "3"), "--mirostat"),
+        (("-p", "-", "-p", "-"), "standard input is read once"),
     ],
 )
 def test_option_that_makes_no_sense_is_told(demo_gguf: Path, arguments: tuple[str, ...], told: str) -> None:

@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 
+from runtime.engine.load import _context_params, load
 from runtime.engine.placement import apply_placement
 from runtime.library import import_library, route_log
+from runtime.memory.here import plan_here
 from runtime.settings import settle
 from tests.generated_models import write_header, write_model
 from tests.loopback_hub import LoopbackHub, serve_hub
 from toolchain.base.files import PROJECT_ROOT
+from toolchain.base.ggml_types import GGML_TYPES_BY_NAME
+from toolchain.base.gguf import read_header
 from toolchain.base.machine import probe
 
 PATIENCE_S = 120
@@ -161,6 +165,37 @@ def test_a_load_that_runs_out_of_memory_backs_off_once_and_remembers(environment
     assert second.returncode == 0, second.stderr
     assert "once more" not in second.stderr
     assert (setting(answer(second), "n_ctx")["value"], setting(answer(second), "n_ctx")["origin"]) == (2048, "tuned")
+
+
+def test_a_first_start_that_measures_threads_learns_from_its_own_context_only(
+    environment: dict[str, str], small: Path
+) -> None:
+    done = run(environment, "complete", small, "-p", "ab", "-n", "4")
+    assert done.returncode == 0, done.stderr
+    assert "measuring the fastest threads" in done.stderr
+    (kept,) = (Path(environment["FOUNDRY_HOME"]) / "tune").glob("memory-*.json")
+    (lesson,) = json.loads(kept.read_text())["loads"]
+    (planned,), (made,), (kv,) = lesson["planned"], lesson["compute"], lesson["kv"]
+    assert made / planned == pytest.approx(1.0, abs=0.01 * MIB / planned)
+    assert kv == 4 * 2 * 2 * 64 * 2 * 4096  # layers, K and V, heads, width, bytes, tokens
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 40])
+def test_the_context_is_made_as_it_was_planned(small: Path, sequences: int) -> None:
+    header, here = read_header(small), probe()
+    planned = plan_here([header], {}, here, sequences=sequences)
+    settings = settle(machine=here, n_ctx_train=header.n_ctx_train, tuned=planned.plan.settings)
+    lib, demand = import_library(), planned.plan.demand
+    params = _context_params(lib, settings, sequences)
+    for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_outputs_max", "kv_unified", "swa_full"):
+        assert getattr(params, name) == getattr(demand, name), name
+    types = [GGML_TYPES_BY_NAME[name.upper()].id for name in (demand.type_k, demand.type_v)]
+    assert [params.type_k, params.type_v] == types
+    with load(small, settings, sequences=sequences) as engine:
+        handle = engine.context.handle
+        assert lib.llama_n_seq_max(handle) == demand.n_seq_max
+        made = (lib.llama_n_ctx(handle), lib.llama_n_batch(handle), lib.llama_n_ubatch(handle))
+        assert made == (demand.n_ctx, demand.n_batch, demand.n_ubatch)
 
 
 def test_what_was_asked_for_is_not_given_up(environment: dict[str, str], wide: Path) -> None:

@@ -17,6 +17,8 @@ from runtime.engine.load import load_model
 from runtime.model_file import open_model
 from runtime.settings import settle
 from runtime.tune.at_start import tuned
+from runtime.tune.record import ATTEMPTS
+from toolchain.base.errors import MemoryFitError
 from toolchain.base.files import PROJECT_ROOT
 from toolchain.base.machine import probe
 
@@ -148,6 +150,28 @@ def test_a_home_that_cannot_be_written_costs_the_record_and_nothing_else(
     assert answer["measured_now"] is True
     assert answer["record"] is None
     assert chosen(answer)["n_threads"]["value"] >= 1
+
+
+def test_what_cannot_be_measured_is_tried_a_few_times_and_then_left(
+    home: Path, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOUNDRY_HOME", str(home))
+    header, here = open_model(demo_gguf), probe()
+    settings = settle(machine=here, n_ctx_train=None)
+    tries: list[int] = []
+
+    def fail(*_arguments: object, **_options: object) -> Any:
+        tries.append(1)
+        raise MemoryFitError("the context does not fit in memory")
+
+    monkeypatch.setattr("runtime.tune.at_start.measure", fail)
+    model = load_model(demo_gguf, settings)
+    try:
+        for _ in range(ATTEMPTS + 2):
+            assert tuned(model, settings, header, here)["n_threads"].value == here.generation_threads.count
+    finally:
+        model.close()
+    assert len(tries) == ATTEMPTS
 
 
 def test_a_model_that_was_just_loaded_is_measured_once(

@@ -5,6 +5,7 @@ Asked for by name, this tier fails where there is no GPU; it never passes by ski
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -69,3 +70,16 @@ def test_all_layers_are_on_the_gpu_and_text_comes_out(cuda: dict[str, Any], demo
     offloaded = re.search(r"offloaded (\d+)/(\d+) layers to GPU", done.stderr)
     assert offloaded, done.stderr[-2000:]
     assert offloaded[1] == offloaded[2]
+
+
+def test_the_library_counts_gpus_as_nvml_does(cuda: dict[str, Any]) -> None:
+    inv("use", cuda["toolchain_id"])
+    ask = (
+        "import json\n"
+        "from runtime.memory.library_devices import library_gpus\n"
+        "from toolchain.base.machine import probe\n"
+        "print(json.dumps([[gpu.name for gpu in library_gpus()], [gpu.name for gpu in probe().gpus]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    told, known = json.loads(done.stdout.splitlines()[-1])
+    assert told == known

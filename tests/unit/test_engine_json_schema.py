@@ -129,3 +129,94 @@ def test_pattern_without_anchors_may_stand_anywhere() -> None:
     assert pattern_rule("a", any_char="char").startswith("char* (")
     assert not pattern_rule("^a$", any_char="char").startswith("char*")
     assert pattern_rule(r"^a\$", any_char="char").endswith("char*")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": ["integer", "number"], "maximum": 5},
+        {"type": "string", "const": 5},
+        {"type": "string", "enum": [5, None]},
+        {"type": "string", "anyOf": [{"type": "integer"}]},
+        {"type": "null", "allOf": [{"type": "string"}]},
+        {"type": "boolean", "$ref": "#/$defs/n", "$defs": {"n": {"const": 1}}},
+        {"items": False, "minItems": 1},
+        {"allOf": [{"properties": {"a": {}}, "additionalProperties": False}, {"properties": {"b": {}}}]},
+        {"const": 1e400},
+    ],
+)
+def test_no_word_is_left_out(schema: object) -> None:
+    with pytest.raises(UsageError):
+        json_schema_to_gbnf(json.dumps(schema).replace("Infinity", "1e400"))
+
+
+def test_type_beside_alternatives_keeps_those_of_that_type() -> None:
+    either = {"type": "string", "anyOf": [{"type": "integer"}, {"type": ["null", "string"]}, {"enum": [1, "x"]}]}
+    assert rules(either)["root"] == r'(string | ("\"x\""))'
+    assert (
+        rules({"type": "integer", "anyOf": [{"type": "number", "maximum": 5, "minimum": 5}]})["root"].strip("()")
+        == '"5"'
+    )
+    assert rules({"type": ["string", "null"], "enum": ["a", None, 3]})["root"] == r'("\"a\"" | "null")'
+    assert rules({"type": ["integer", "number"]})["root"] == "number"
+
+
+def test_dropped_alternative_leaves_no_half_made_rule() -> None:
+    node = {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"$ref": "#/$defs/node"}}]}
+    made = rules({"$defs": {"node": node}, "type": "null", "anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]})
+    assert made["root"] == "(null)" or made["root"] == "null"
+    assert not any(name.startswith("ref") for name in made)
+
+
+@pytest.mark.parametrize(
+    ("schema", "at"),
+    [
+        ({"enum": 5}, "#"),
+        ({"items": {"minItems": "2", "type": "array"}}, "#/items"),
+        ({"properties": {"a/b": {"type": {}}}}, "#/properties/a~1b"),
+        ({"type": []}, "#"),
+        ({"type": [["string"]]}, "#"),
+        ({"minItems": -1}, "#"),
+        ({"minimum": True}, "#"),
+        ({"anyOf": 5}, "#"),
+        ({"anyOf": [5]}, "#/anyOf/0"),
+        ({"allOf": []}, "#"),
+        ({"allOf": [3, {"properties": {}}]}, "#/allOf/0"),
+        ({"$ref": 3}, "#"),
+        ({"properties": []}, "#"),
+        ({"properties": {"a": 3}}, "#/properties/a"),
+        ({"required": "a", "properties": {"a": {}}}, "#"),
+        ({"required": [[]], "properties": {"a": {}}}, "#"),
+        ({"items": [{}]}, "#"),
+        ({"prefixItems": {}}, "#"),
+        ({"additionalProperties": 3}, "#"),
+        ({"pattern": 3}, "#"),
+        ({"pattern": "(a"}, "#"),
+        ({"format": {}}, "#"),
+        ([], "#"),
+    ],
+)
+def test_malformed_schema_is_refused_at_its_place(schema: object, at: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        json_schema_to_gbnf(json.dumps(schema))
+    assert f"at {at}: " in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"$ref": "#"}]},
+        {"$ref": "#"},
+        {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    ],
+)
+def test_reference_that_leads_back_to_itself_is_refused(schema: object) -> None:
+    with pytest.raises(UsageError, match="leads back to itself"):
+        json_schema_to_gbnf(json.dumps(schema))
+
+
+def test_schema_nested_beyond_measure_is_refused() -> None:
+    with pytest.raises(UsageError, match="deep"):
+        json_schema_to_gbnf('{"items":' * 5000 + "true" + "}" * 5000)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.described_nvml import write_nvml
 from tests.front_door import ROOT, environment
+from toolchain.base.command import _environment
 from toolchain.base.gpu import Gpu, probe_gpus, visible
 
 SMALL = Gpu(name="NVIDIA GeForce RTX 3060", memory_bytes=12 << 30, capability=(8, 6), uuid="GPU-aa11")
@@ -83,10 +84,12 @@ def test_without_nvml_the_kernel_tells_the_names(tmp_path: Path) -> None:
         ("", None, ()),
         ("-1", None, ()),
         ("1", "PCI_BUS_ID", (LARGE,)),
-        ("1,0", "PCI_BUS_ID", (SMALL, LARGE)),
+        ("1,0", "PCI_BUS_ID", (LARGE, SMALL)),
+        ("GPU-bb22,0", None, (LARGE, SMALL)),
         ("0,7,1", "PCI_BUS_ID", (SMALL,)),
         ("GPU-aa11", None, (SMALL,)),
-        ("1", None, (SMALL, LARGE)),  # CUDA numbers unequal GPUs by speed: either may be meant
+        ("1", None, (LARGE,)),  # the library is loaded with the order of NVML
+        ("1", "FASTEST_FIRST", (SMALL, LARGE)),  # unequal GPUs by speed: either may be meant
     ],
 )
 def test_what_cuda_visible_devices_leaves(
@@ -96,3 +99,14 @@ def test_what_cuda_visible_devices_leaves(
     if order:
         monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
     assert visible((SMALL, LARGE), wanted) == left
+
+
+def test_a_slice_of_a_gpu_is_no_whole_gpu() -> None:
+    assert [gpu.memory_bytes for gpu in visible((SMALL, LARGE), "MIG-11aa")] == [0, 0]
+
+
+def test_a_child_counts_gpus_as_nvml_does_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert _environment({})["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert _environment({})["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from runtime.memory.devices import devices_described, devices_here
+from runtime.memory.footprint import BufferBytes, Demand, Placement, adapter_compute, footprint
 from runtime.memory.kernels import Build
 from runtime.memory.plan import MemoryPlan, Request, plan_memory
 from runtime.settings import Value
 from tests.described import machine
 from tests.described_models import known
+from toolchain.base.gguf import TensorInfo
 
 CPU = Build(backends=frozenset({"CPU"}))
 CUDA = Build(backends=frozenset({"CPU", "CUDA"}))
@@ -347,3 +349,43 @@ def test_what_is_decided_and_why(case: Case) -> None:
         assert plan.speed.prompt_tps > 0
     else:
         assert any(device.left_bytes < 0 for device in plan.devices)
+
+
+def test_one_cache_type_that_was_asked_for_is_no_reason_for_the_other() -> None:
+    plan = CASES["8 GB, 8B, 32k"].plan(type_k="q8_0")
+    assert not [setting for setting in plan.settings if setting.name in ("type_k", "type_v")]
+
+
+def test_compute_buffers_of_metal_are_said_to_be_estimates() -> None:
+    assert any("Metal are estimated" in note for note in CASES["mac 16, 8B"].plan().notes)
+    assert not any("are estimated" in note for note in CASES["8 GB, 8B"].plan().notes)
+
+
+def test_the_library_is_asked_four_times_at_most() -> None:
+    asked: list[Placement] = []
+
+    def never_enough(demand: Demand, placement: Placement) -> tuple[BufferBytes, ...]:
+        asked.append(placement)
+        host, card = footprint([known("llama-8b")], demand, placement, 1)
+        return host, replace(card, compute=card.compute + len(asked) * (4 << 30))
+
+    case = CASES["8 GB, 8B"]
+    devices = devices_described(ram=case.ram, vram=case.vram, unified=None, here=devices_here(machine(), CPU))
+    plan = plan_memory([known("llama-8b")], devices, Request(), build=CUDA, ask=never_enough)
+    assert not plan.fits
+    assert len(asked) <= 4
+
+
+def test_an_adapters_work_is_planned_for() -> None:
+    pair = [
+        TensorInfo(name=f"blk.0.ffn_up.weight.lora_{part}", shape=shape, type="F16", offset=0, nbytes=0)
+        for part, shape in (("a", (4096, 16)), ("b", (16, 14336)))
+    ]
+    adapter = replace(known("llama-8b"), tensors=tuple(pair))
+    case = CASES["8 GB, 8B"]
+    devices = devices_described(ram=case.ram, vram=case.vram, unified=None, here=devices_here(machine(), CPU))
+    plain, adapted = (
+        plan_memory([known("llama-8b")], devices, Request(adapters=each), build=CUDA) for each in ((), (adapter,))
+    )
+    more = adapted.devices[1].compute_bytes - plain.devices[1].compute_bytes
+    assert more == adapter_compute(adapter, 512) == 2 * (16 + 14336) * 512 * 4

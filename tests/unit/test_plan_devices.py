@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from runtime.memory.devices import Device, devices_described, devices_here, parse_size
+from runtime.memory.devices import (
+    Device,
+    LibraryGpu,
+    devices_described,
+    devices_here,
+    knows_gpus,
+    parse_size,
+    with_library_gpus,
+)
+from runtime.memory.here import plan_here
 from runtime.memory.kernels import Build
 from tests.described import machine
+from tests.described_models import known
 from toolchain.base.errors import UsageError
 from toolchain.base.gpu import Gpu
 
@@ -76,3 +88,44 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_one_memory_beside_another_is_refused() -> None:
     with pytest.raises(UsageError, match="--unified"):
         other(unified="64GiB", ram="16GiB")
+
+
+def test_gpus_that_nvml_does_not_describe_are_told_by_the_library() -> None:
+    vulkan = Build(backends=frozenset({"CPU", "Vulkan"}))
+    slices = machine(gpus=(replace(CARD, memory_bytes=0, free_bytes=0),))
+    assert knows_gpus(machine(gpus=(CARD,)), CUDA)
+    assert not knows_gpus(slices, CUDA)
+    assert not knows_gpus(machine(), vulkan)
+    told = LibraryGpu(name="Radeon", total_bytes=16 * GIB, free_bytes=15 * GIB, integrated=False)
+    _host, card = with_library_gpus(devices_here(machine(), vulkan), [told], vulkan)
+    assert (card.name, card.backend, card.free_bytes) == ("Radeon", "Vulkan", 15 * GIB)
+    inside = replace(told, total_bytes=32 * GIB, integrated=True)
+    (shared,) = with_library_gpus(devices_here(machine(), vulkan), [inside], vulkan)
+    assert (shared.kind, shared.total_bytes, shared.gpu_limit_bytes) == ("unified", 64 * GIB, 32 * GIB)
+
+
+def test_a_gpu_that_nobody_can_size_is_said_and_not_filled() -> None:
+    slices = machine(gpus=(replace(CARD, memory_bytes=0, free_bytes=0),))
+    planned = plan_here([known("llama-8b")], {}, slices, build=CUDA)
+    for plan in (planned.plan, planned.again(planned.lessons).plan):
+        assert [device.kind for device in plan.devices] == ["cpu"]
+        (layers,) = (each for each in plan.settings if each.name == "n_gpu_layers")
+        assert layers.value == 0
+        assert "the library finds none of" in plan.warnings[0]
+
+
+def test_a_build_without_a_gpu_backend_says_so_in_every_plan() -> None:
+    planned = plan_here([known("llama-8b")], {}, machine(gpus=(CARD,)), build=CPU)
+    for each in (planned, planned.again(planned.lessons), planned.asking()):
+        assert [setting.value for setting in each.plan.settings if setting.name == "n_gpu_layers"] == [0]
+        assert sum("no GPU backend" in warning for warning in each.plan.warnings) == 1
+    assert any("was not asked" in note for note in planned.asking().plan.notes)
+
+
+def test_a_card_beside_a_machine_of_one_memory() -> None:
+    metal = Build(backends=frozenset({"CPU", "Metal"}))
+    mac = devices_here(machine(system="Darwin", arch="arm64", cpu_model="Apple M2 Max"), metal)
+    host, card = devices_described(ram=None, vram=("24GiB",), unified=None, here=mac)
+    assert (host.kind, host.backend, host.gpu_limit_bytes, card.kind) == ("cpu", "CPU", None, "gpu")
+    (smaller,) = devices_described(ram="32GiB", vram=(), unified=None, here=mac)
+    assert (smaller.kind, smaller.total_bytes, smaller.bandwidth_bytes_s) == ("unified", 32 * GIB, 400e9)

@@ -8,7 +8,6 @@ import pytest
 
 from runtime.memory import kernels
 from runtime.memory.kernels import CUDA_DEFAULT_PAIRS, Backend, Build, cuda_pairs, installed_build, is_fast
-from runtime.memory.search import OUTPUT_ROWS
 from runtime.memory.shape import shape_of
 from tests.described_models import known
 
@@ -58,9 +57,3 @@ def test_a_build_is_known_by_its_libraries(tmp_path: Path, monkeypatch: pytest.M
         kernels.installed_build.cache_clear()
         assert installed_build().gpu_backend == backend
     kernels.installed_build.cache_clear()
-
-
-def test_rows_of_logits_are_those_that_the_engine_asks_for() -> None:
-    from runtime.engine import speculate
-
-    assert speculate.OUTPUT_ROWS == OUTPUT_ROWS

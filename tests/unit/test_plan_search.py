@@ -58,6 +58,13 @@ def test_what_rides_along_takes_its_place() -> None:
     assert card.left_bytes >= 0
 
 
+def test_a_plan_for_several_replies_counts_the_sequences_that_the_engine_makes() -> None:
+    here = devices_here(machine(), CPU)
+    for sequences, made in ((1, (1, 16, False)), (4, (5, 16, True)), (100, (17, 17, True))):
+        demand = plan_memory([known("llama-8b")], here, Request(sequences=sequences), build=CPU).demand
+        assert (demand.n_seq_max, demand.n_outputs_max, demand.kv_unified) == made
+
+
 def test_the_library_has_the_last_word() -> None:
     case = CASES["8 GB, 8B"]
     here = devices_here(machine(), CPU)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,3 +123,37 @@ def test_save_writes_json_and_overwrites_only_when_told(tmp_path: Path) -> None:
         save(session, str(tmp_path))
     with pytest.raises(UsageError, match="no file named"):
         run_command(session, "/save")
+
+
+class Screen(io.StringIO):
+    """What was written, and what had been flushed at each flush."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed: list[str] = []
+
+    def flush(self) -> None:
+        self.flushed.append(self.getvalue())
+
+
+def test_first_text_is_seen_at_once_and_fast_tokens_share_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    session_with(Parrot(n_ctx=4000, reply="x" * 1000)).ask("one")
+    assert screen.flushed[0] == "x"
+    assert screen.flushed[-1] == "x" * 1000 + "\n"
+    assert len(screen.flushed) < 500
+
+
+def test_text_before_a_failure_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(Parrot):
+        def stream(self, *_tokens: object, **_options: object) -> Iterator[Chunk]:
+            yield Chunk("a")
+            yield Chunk("b")
+            raise UsageError("broken")
+
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    with pytest.raises(UsageError, match="broken"):
+        session_with(Breaks(n_ctx=400)).ask("one")
+    assert screen.flushed[-1] == "ab"

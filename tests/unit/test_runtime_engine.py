@@ -18,6 +18,8 @@ from runtime.engine.shown import Shown
 from runtime.engine.text import TextStream
 from runtime.interrupts import Interrupt
 from runtime.library_log import LibraryLog
+from runtime.settings import settle
+from tests.described import machine
 from toolchain.base.errors import FoundryError, MemoryFitError, UsageError
 
 END = 0
@@ -150,7 +152,7 @@ def test_reader_that_leaves_frees_the_sampler_and_keeps_what_was_decoded() -> No
     chunks = engine.stream([11, 12, 13], GREEDY)
     next(chunks)
     next(chunks)
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert (library.freed, library.held) == (1, 4)
     assert engine.context.cached == [11, 12, 13, 1]
 
@@ -224,6 +226,19 @@ def test_cache_that_cannot_be_cut_is_built_anew(monkeypatch: pytest.MonkeyPatch)
 def test_prompt_without_room_is_refused(tokens: list[int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         list(engine_on(ScriptedLibrary([])).stream(tokens, GREEDY))
+
+
+@pytest.mark.parametrize(("layers", "pieces"), [("0", [8, 2]), ("all", [4, 4, 2]), ("1", [4, 4, 2])])
+def test_prompt_goes_to_a_gpu_in_micro_batches_so_that_ctrl_c_is_seen(layers: str, pieces: list[int]) -> None:
+    library = ScriptedLibrary([])
+    decoded: list[int] = []
+    library.llama_decode = lambda _context, count: decoded.append(count) or 0  # type: ignore[method-assign,func-returns-value]
+    library.llama_n_ubatch = lambda _context: 4  # type: ignore[attr-defined]
+    settings = settle(machine=machine(), n_ctx_train=None, flags={"n_gpu_layers": layers})
+    model = Model(lib=library, log=LibraryLog(shown=False), handle=1)
+    context = Context(model=model, handle=1, n_ctx=64, n_batch=8, settings=settings)
+    assert context.decode_prompt(list(range(10)), None)
+    assert decoded == pieces
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])

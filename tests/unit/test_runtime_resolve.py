@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from runtime import hub_model
 from runtime.hub_model import HubName
 from runtime.resolve import Resolved, locate, resolve
 from toolchain.base.errors import ArtifactError, UsageError
+from toolchain.hub.ggufs import Quant, RepoListing, record_listing
+from toolchain.hub.place import Place
+from toolchain.hub.repository import RemoteFile
 
 
 @pytest.fixture
@@ -133,3 +137,26 @@ def test_manifest_cannot_point_outside_its_folder(project: Path) -> None:
     (project / "models/demo/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="is gone"):
         resolve("demo", root=project, models=project / "models")
+
+
+def listing(commit: str) -> RepoListing:
+    file = RemoteFile(name="m-Q8_0.gguf", bytes=4, sha256="ab" * 32)
+    quants = (Quant(name="Q8_0", files=(file,)),)
+    return RepoListing(repo="acme/m", revision="main", commit=commit * 40, quants=quants, mmproj=())
+
+
+@pytest.mark.parametrize(("begun", "commit"), [(False, "b"), (True, "a")])
+def test_new_download_is_of_what_the_hub_has_now_and_a_cut_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begun: bool, commit: str
+) -> None:
+    """Recorded is commit a, and the hub is at b."""
+    monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path))
+    record_listing(listing("a"), tmp_path)
+    if begun:
+        partial = Place.of("acme/m", "a" * 40, tmp_path).partial(listing("a").quants[0].files[0])
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(b"GG")
+    monkeypatch.setattr(hub_model, "list_quants", lambda _repo: listing("b"))
+    monkeypatch.setattr(hub_model, "fetch_gguf", lambda found, *_: Path(found.commit))
+    assert hub_model.fetch_model(HubName(repo="acme/m", quant=None), tmp_path).listing.commit == commit * 40
+    assert f"at {commit * 12}" in capsys.readouterr().err

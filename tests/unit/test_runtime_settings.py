@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.settings import ALL_LAYERS, NAMES, Setting, Settings, Value, asked, parse_split, settle
+from runtime.settings import ALL_LAYERS, NAMES, Setting, Settings, Value, asked, parse_split, sequences_made, settle
 from tests.described import machine
 from toolchain.base.errors import UsageError
 from toolchain.base.gpu import Gpu
@@ -107,3 +107,7 @@ def test_default_batch_follows_the_one_asked_for() -> None:
     assert settled(flags={"n_ubatch": "4096"}).number("n_batch") == 4096
     with pytest.raises(UsageError, match="n_ubatch 64 is more than n_batch 32"):
         settled(flags={"n_batch": "32", "n_ubatch": "64"})
+
+
+def test_several_replies_take_one_more_sequence_for_what_they_begin_with() -> None:
+    assert [sequences_made(asked_for) for asked_for in (0, 1, 2, 16, 17, 400)] == [1, 1, 3, 17, 17, 17]

@@ -14,13 +14,14 @@ import pytest
 from runtime.settings import Settings, settle
 from runtime.tune.bandwidth import cache_bytes, read_bandwidth, recorded_bandwidth
 from runtime.tune.neighbours import crowded
-from runtime.tune.record import ATTEMPTS, Tuning, keep, record_path, recorded, wanted
+from runtime.tune.record import ATTEMPTS, Tuning, keep, record_path, recorded, threads_guessed, wanted
 from runtime.tune.search import MOST_ROUNDS, Found, Point, search
 from runtime.tune.threads import apply, as_settings, thread_candidates, tuned_threads
 from tests.described import GIB, machine
 from toolchain.base import files
 from toolchain.base.gguf import GgufHeader
 from toolchain.base.gguf_header import TensorInfo
+from toolchain.base.gpu import Gpu
 from toolchain.base.machine import Machine
 
 HERE = machine(cpus=4, cores=2)
@@ -219,7 +220,7 @@ def test_another_build_or_another_way_to_wait_knows_nothing_of_it(
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"form": 1', '"form": 0'),
+        lambda text: text.replace('"form": 2', '"form": 0'),
         lambda text: text.replace('"n_threads"', '"n_gpu_layers"'),
         lambda text: text.replace('"value": 1,', '"value": 4096,'),
         lambda text: text.replace('"value": 1,', '"value": "1",'),
@@ -250,6 +251,40 @@ def test_a_noisy_measurement_is_made_again_a_few_times(unsteady: dict[str, Any],
         assert recorded(header, HERE, settings) is None
     keep(tuning(**unsteady), header, HERE, settings)
     assert recorded(header, HERE, settings) is not None
+
+
+def test_failed_measurement_is_made_again_a_few_times_and_takes_nothing_away(header: GgufHeader) -> None:
+    settings = open_settings()
+    failed = tuning(found={}, failed=True)
+    for attempt in range(1, ATTEMPTS):
+        assert keep(failed, header, HERE, settings).attempts == attempt
+        assert recorded(header, HERE, settings) is None
+    keep(failed, header, HERE, settings)
+    known = recorded(header, HERE, settings)
+    assert known is not None
+    assert threads_guessed(header, HERE, settings)
+    assert apply(settings, known, HERE) == settings
+    assert keep(tuning(), header, HERE, settings).attempts == ATTEMPTS + 1
+    assert dict(keep(failed, header, HERE, settings).found) == dict(tuning().found)
+
+
+def test_each_placement_on_a_machine_with_gpus_has_a_record_of_its_own(header: GgufHeader) -> None:
+    here = replace(HERE, gpus=(Gpu(name="a GPU", memory_bytes=8 * GIB),))
+    layouts: tuple[dict[str, int | str], ...] = (
+        {"n_gpu_layers": 3},
+        {"n_gpu_layers": 3, "n_cpu_moe": 4},
+        {"n_gpu_layers": 3, "tensor_split": "3,1"},
+    )
+    settings = [settle(machine=here, n_ctx_train=2048, flags=flags) for flags in layouts]
+    assert len({record_path(header, here, each) for each in settings}) == 3
+    assert len({record_path(header, HERE, each) for each in settings}) == 1
+
+
+def test_threads_are_guessed_until_they_are_measured_or_given(header: GgufHeader) -> None:
+    assert threads_guessed(header, HERE, open_settings())
+    assert not threads_guessed(header, HERE, open_settings(n_threads=1, n_threads_batch=2))
+    keep(tuning(), header, HERE, open_settings())
+    assert not threads_guessed(header, HERE, open_settings())
 
 
 def test_without_a_choice_noise_does_not_matter(header: GgufHeader) -> None:

@@ -26,6 +26,8 @@ from toolchain.base.errors import CommandError, FoundryError, MissingError
 OPENMP_DEFAULTS: Mapping[str, str] = {"GOMP_SPINCOUNT": "10000"}
 """GNU OpenMP's threads spin at a barrier for milliseconds unless told otherwise; when anything else wants their
 CPUs, generation can fall to a thousandth. The figures behind this bound stand in docs/performance.md."""
+CUDA_DEFAULTS: Mapping[str, str] = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""CUDA numbers GPUs by speed unless told otherwise, NVML by PCI bus: with this both mean the same card by a number."""
 TAIL_LINES = 20
 _WINDOW = 4096  # characters of recent output that a progress parser sees
 
@@ -184,7 +186,9 @@ def parse_counter(recent: str) -> tuple[int, int] | None:
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    kept = {name: value for name, value in {**OPENMP_DEFAULTS, **os.environ}.items() if name not in changes}
+    kept = {
+        name: value for name, value in {**OPENMP_DEFAULTS, **CUDA_DEFAULTS, **os.environ}.items() if name not in changes
+    }
     return kept | {name: value for name, value in changes.items() if value is not None}
 
 

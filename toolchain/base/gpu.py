@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -17,7 +17,8 @@ from pathlib import Path
 class Gpu:
     """One GPU. ``capability`` is its compute capability, (8, 9) for sm_89; None when only the kernel shows it.
 
-    ``memory_bytes`` is 0 where it is not known or where the GPU ``shares_memory`` with the machine; ``free_bytes`` is
+    ``memory_bytes`` is 0 where it is not known (in one that is cut into MIG slices, CUDA gives a process one slice, not
+    the card) or where the GPU ``shares_memory`` with the machine; ``free_bytes`` is
     what of it nobody uses now. ``bandwidth_bytes_s`` (reading its memory) and ``flops`` (f32, without tensor cores)
     are peaks that follow from its clocks; 0 where the driver does not tell.
     """
@@ -61,27 +62,29 @@ def probe_gpus(root: Path = Path("/")) -> tuple[tuple[Gpu, ...], Driver | None]:
 
 
 def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[Gpu, ...]:
-    """What CUDA_VISIBLE_DEVICES leaves: indices or UUID beginnings, up to the first that is neither. A part of a
-    GPU (``MIG-...``) may be one of any.
+    """What CUDA_VISIBLE_DEVICES leaves, in its order: indices or UUID beginnings, up to the first that is neither. A
+    slice of a GPU (``MIG-...``) may be one of any: then all stay, with memory unknown.
 
-    NVML counts by PCI bus and CUDA by speed, so indices into unequal GPUs cannot be told apart from here: then
-    any index keeps them all (CUDA C++ Programming Guide, "CUDA Environment Variables").
+    Indices are NVML's, by PCI bus: the library is loaded with CUDA_DEVICE_ORDER so (CUDA_DEFAULTS in command.py). Where
+    the user set another order, indices into unequal GPUs cannot be told apart from here, and any keeps them all (CUDA
+    C++ Programming Guide, "CUDA Environment Variables").
     """
     if wanted is None:
         return gpus
-    unequal = len({gpu.capability for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
-    kept: set[int] = set()
+    by_bus = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID") == "PCI_BUS_ID"
+    unequal = not by_bus and len({(gpu.capability, gpu.name) for gpu in gpus}) > 1
+    kept: list[int] = []
     for item in filter(None, (part.strip() for part in wanted.split(","))):
         if item.isdigit():
-            named = {int(item)} & {*range(len(gpus))}
+            named = [int(item)] if int(item) < len(gpus) else []
         elif item.startswith("MIG-"):
-            named = {*range(len(gpus))}
+            return tuple(replace(gpu, memory_bytes=0, free_bytes=0) for gpu in gpus)
         else:
-            named = {number for number, gpu in enumerate(gpus) if gpu.uuid.startswith(item)}
+            named = [number for number, gpu in enumerate(gpus) if gpu.uuid.startswith(item)]
         if not named:
             break
-        kept |= {*range(len(gpus))} if item.isdigit() and unequal else named
-    return tuple(gpus[number] for number in sorted(kept))
+        kept += range(len(gpus)) if item.isdigit() and unequal else named
+    return tuple(gpus[number] for number in dict.fromkeys(kept))
 
 
 def _ask_nvml() -> tuple[tuple[Gpu, ...], Driver] | None:
@@ -115,6 +118,8 @@ def _describe(handle: object) -> Gpu:
         memory_bytes, free_bytes, shares_memory = int(memory.total), int(memory.free), False
     except pynvml.NVMLError:  # GPUs that share the machine's memory have none of their own
         memory_bytes, free_bytes, shares_memory = 0, 0, True
+    if _figure(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]):
+        memory_bytes, free_bytes = 0, 0
     bus_bits = _figure(lambda: pynvml.nvmlDeviceGetMemoryBusWidth(handle))
     memory_mhz = _figure(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM))
     cores = _figure(lambda: pynvml.nvmlDeviceGetNumGpuCores(handle))
