@@ -1,4 +1,4 @@
-"""The only importer of llama_cpp: the bindings, held against their library before anything is called."""
+"""The importer of llama_cpp (beside one child, bench/peer_llama_cpp.py): bindings held against their library first."""
 
 from __future__ import annotations
 

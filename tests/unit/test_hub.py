@@ -717,9 +717,17 @@ def test_offline_refused_proxied_and_misspelt_hubs_are_told_apart(stage: Stage, 
     assert stage.hub.requests("through-the-proxy"), "HTTP_PROXY is respected"
 
 
+def size_of(path: Path) -> int:
+    """0 for a file that went away while it was looked at."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def wait_for_bytes(cache: Path, n_bytes: int) -> None:
     """Until an unfinished file of at least ``n_bytes`` lies in the cache."""
     give_up = time.monotonic() + DEADLINE_S
-    while not any(path.stat().st_size >= n_bytes for path in cache.rglob("*.incomplete")):
+    while not any(size_of(path) >= n_bytes for path in cache.rglob("*.incomplete")):
         assert time.monotonic() < give_up
         time.sleep(0.02)
