@@ -60,18 +60,6 @@ def layer_cache_bytes(headers: Headers, demand: Demand) -> tuple[int, ...]:
     return (*sizes, *(0,) * (shape.n_layer_all - shape.n_layer))
 
 
-def bytes_per_token(headers: Headers, type_k: str, type_v: str) -> float:
-    """Bytes of keys and values that one more token of context takes, over all layers whose reach is the context."""
-    shape = shape_of(headers)
-    k, v = type_k.upper(), type_v.upper()
-    per_1024 = sum(
-        row_bytes(k, layer.k_width * 1024) + (0 if shape.key_only else row_bytes(v, layer.v_width * 1024))
-        for layer in shape.layers
-        if not layer.window
-    )
-    return per_1024 / 1024
-
-
 def v_rows(shape: ModelShape, layer: LayerShape, *, flash_attn: bool) -> int:
     """Elements of values that a token takes in ``layer``: without flash attention as many as in the widest layer."""
     return layer.v_width if flash_attn else max(other.v_width for other in shape.layers)

@@ -236,7 +236,7 @@ def _card(gpu: Gpu, backend: Backend) -> Device:
     rate, origin = gpu.bandwidth_bytes_s or assumed, "bus width and clock" if gpu.bandwidth_bytes_s else "assumed"
     made = _gpu(gpu.name, gpu.memory_bytes, gpu.free_bytes, rate, origin, backend)
     tensor_cores = gpu.capability is None or gpu.capability >= (7, 0)
-    return Device(**{**vars(made), "flops": gpu.flops, "tensor_cores": tensor_cores})
+    return replace(made, flops=gpu.flops, tensor_cores=tensor_cores)
 
 
 def _gpu(name: str, total: int, free: int, rate: float, origin: str, backend: Backend) -> Device:
