@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from runtime.engine.identity import gguf_identity
+from runtime.library_id import build_id
 from runtime.library_log import LibraryLog
 from toolchain.base.errors import UsageError
 
@@ -16,21 +16,21 @@ _PIECE_BYTES: Final = 256  # longer pieces exist (runs of spaces); they take a s
 
 
 class Model:
-    """Weights and vocabulary in memory; ``lib`` is the library's low-level API, ``handle`` its llama_model."""
+    """Weights and vocabulary in memory; ``lib`` is the library's low-level API, ``handle`` its llama_model.
+
+    ``identity`` tells which file it was loaded from (``gguf_identity``), ``build`` with which build of the library:
+    both as they were then, whatever happens to the files later.
+    """
 
     def __init__(self, *, lib: Any, log: LibraryLog, handle: Any, path: Path | None = None) -> None:
         self.lib = lib
         self.log = log
         self.handle = handle
         self.path = path
+        self.identity = gguf_identity(path) if path else ""
+        self.build = build_id()
         self.vocab = lib.llama_model_get_vocab(handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
-
-    @cached_property
-    def identity(self) -> str:
-        """Which file it was loaded from, as of ``gguf_identity``."""
-        assert self.path is not None
-        return gguf_identity(self.path)
 
     def close(self) -> None:
         """Free it; a second call does nothing. Its contexts have to be freed before."""

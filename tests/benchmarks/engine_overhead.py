@@ -6,7 +6,8 @@
 All on the same library, in turns: ``bare`` is bare_loop.c (draw, end test, piece, decode), ``collected`` is
 ``Engine.stream`` joined at the end, ``streamed`` is the same with each chunk written as ``runtime complete`` does,
 into a pipe that ``cat`` reads, ``greedy`` draws the likeliest, ``llama_bench`` only decodes, ``create_completion`` is
-llama-cpp-python's own. Figures are tokens per second after the prompt. Then the cost of a token behind 2,000 others
+llama-cpp-python's own, in a process of its own: two models in one process share OpenMP's threads and slow each
+other. Figures are tokens per second after the prompt. Then the cost of a token behind 2,000 others
 over that behind 256. ``--generate M`` makes a model of about M million random parameters (Q4_K_M) instead. Nothing
 else should run on the machine.
 """
@@ -14,6 +15,7 @@ else should run on the machine.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def main() -> int:
 def measure(model: Path, asked: argparse.Namespace) -> int:
     n, prompt = asked.tokens, prompt_of(asked.prompt)
     engine = engine_on(model, n_ctx=max(DEPTHS) + n + 64)
-    peer = llama_cpp_python(model, n_ctx=max(DEPTHS) + n + 64)
+    peer = multiprocessing.get_context("spawn").Pool(1, load_peer, (model, max(DEPTHS) + n + 64))
     reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert reader.stdin is not None
     sink = reader.stdin
@@ -72,10 +74,11 @@ def measure(model: Path, asked: argparse.Namespace) -> int:
             "streamed": lambda: steady(lambda: ours(engine, prompt, n, sink)),
             "greedy": lambda: steady(lambda: ours(engine, prompt, n, sampling=GREEDY)),
             "llama_bench": lambda: llama_bench(model, n_tokens=n),
-            "create_completion": lambda: steady(lambda: theirs(peer, prompt, n)),
+            "create_completion": lambda: peer.apply(steady_peer, (prompt, n)),
         },
         asked.rounds,
     )
+    peer.terminate()
     sink.close()
     reader.wait()
     costs = interleaved(
@@ -130,14 +133,23 @@ def ours(engine: Engine, prompt: list[int], n: int, sink: Any = None, sampling: 
     return stats.generation_tps
 
 
-def llama_cpp_python(model: Path, n_ctx: int) -> Any:
+_peer: list[Any] = []
+
+
+def load_peer(model: Path, n_ctx: int) -> None:
+    """llama-cpp-python's model in its own process."""
     import llama_cpp
 
-    return llama_cpp.Llama(str(model), n_ctx=n_ctx, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
+    _peer.append(llama_cpp.Llama(str(model), n_ctx=n_ctx, n_threads=THREADS, n_threads_batch=THREADS, verbose=False))
 
 
-def theirs(peer: Any, prompt: list[int], n: int) -> float:
+def steady_peer(prompt: list[int], n: int) -> float:
+    return steady(lambda: theirs(prompt, n))
+
+
+def theirs(prompt: list[int], n: int) -> float:
     """Its prompt is in its cache but for the last token, whose decode counts as one more."""
+    peer = _peer[0]
     peer.eval(prompt[:1])
     started = time.perf_counter()
     done = peer.create_completion(

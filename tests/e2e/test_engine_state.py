@@ -252,20 +252,26 @@ def test_session_with_another_cache_type_is_read_again_with_a_warning(
 def test_session_of_another_build_is_read_again_with_a_warning(
     llama: Engine, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sessions, "build_id", lambda: "another")
+    monkeypatch.setattr(llama.model, "build", "another")
     assert llama.restore_session(saved) == 200
     assert "another build" in capsys.readouterr().err
 
 
 def test_session_of_another_library_with_the_same_version_is_not_handed_over(
-    llama: Engine, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: dict[str, Path],
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert llama.restore_session(saved) == 200
-    assert capsys.readouterr().err == ""
+    with engine_for(models["llama"]) as engine:
+        assert engine.restore_session(saved) == 200
+        assert capsys.readouterr().err == ""
     (tmp_path / "libllama.so").write_bytes(b"another build")
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
-    assert llama.restore_session(saved) == 200
-    assert "another build" in capsys.readouterr().err
+    with engine_for(models["llama"]) as engine:
+        assert engine.restore_session(saved) == 200
+        assert "another build" in capsys.readouterr().err
 
 
 def test_nothing_is_left_when_a_session_cannot_be_written(llama: Engine, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def written(path: Path, statement: object = STATEMENT, **foot: Any) -> Path:
     raw = statement if isinstance(statement, bytes) else json.dumps(statement).encode()
     library = struct.pack("<4sII3i", b"qsgg", 3, 3, 7, 8, 9) + bytes(10)
     footer = struct.pack(
-        "<8sQQ32s", foot.get("magic", b"fdrysess"), foot.get("version", 1), foot.get("length", len(raw)), bytes(32)
+        "<8sQQI", foot.get("magic", b"fdrysess"), foot.get("version", 2), foot.get("length", len(raw)), 0
     )
     path.write_bytes(library + bytes(4) + raw + footer)
     return path
@@ -78,7 +78,7 @@ def test_statement_that_is_no_json_object_is_refused(tmp_path: Path, raw: bytes)
     ("foot", "message"),
     [
         ({"magic": b"fdrysesT"}, "ends too early"),
-        ({"version": 2}, "format 2, this runtime reads 1"),
+        ({"version": 1}, "format 1, this runtime reads 2"),
         ({"length": 2**63}, "longer than it"),
         ({"length": 5}, "is damaged"),
     ],
