@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.commands.options import MODEL_HELP, model_options
-from runtime.commands.prepare import flags_of, prepare
+from runtime.commands.options import MODEL_HELP, flags_of, model_options, request_of
+from runtime.prepare import prepare
 from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _subject(
             hint=f"--n-ctx {deepest.n_ctx}, or lower --depth, --prompt-tokens or --gen-tokens",
         )
     n_ctx = arguments.n_ctx if wish else str(deepest.n_ctx)
-    prepared = prepare(argparse.Namespace(**{**vars(arguments), "model": typed, "n_ctx": n_ctx}))
+    prepared = prepare(replace(request_of(arguments), model=typed, flags={**flags_of(arguments), "n_ctx": n_ctx}))
     settings = prepared.settings if wish else with_own_context(prepared.settings)
     # The same prompt at every depth: the one that the deepest leaves room for.
     lengths = (replace(deepest, depth=depth) for depth in depths)

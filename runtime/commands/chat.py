@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from runtime.commands.options import model_options, reply_options, sampling_of, token_limit
-from runtime.commands.prepare import load_engine, prepare
+from runtime.commands.options import model_options, reply_options, request_of, sampling_of, token_limit
+from runtime.prepare import load_engine, prepare
 
 
 def add(verbs: Any) -> None:
@@ -21,14 +21,15 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk with the model; the text of each reply goes to stdout."""
     sampling = sampling_of(arguments)
-    prepared = prepare(arguments)
+    request = request_of(arguments)
+    prepared = prepare(request)
     header = prepared.header
-    from runtime.chat import Session, converse
+    from runtime.chat.old import Session, converse
     from runtime.interrupts import interrupts_noted
     from runtime.template import chat_template
 
     with interrupts_noted() as interrupt:
-        engine = load_engine(prepared, arguments, interrupt)
+        engine = load_engine(prepared, request, interrupt)
     with engine:
         session = Session(
             engine=engine,

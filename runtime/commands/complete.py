@@ -7,8 +7,8 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.commands.options import model_options, reply_options, sampling_of, token_limit
-from runtime.commands.prepare import load_engine, prepare
+from runtime.commands.options import model_options, reply_options, request_of, sampling_of, token_limit
+from runtime.prepare import load_engine, prepare
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, UsageError
 
 if TYPE_CHECKING:
@@ -52,14 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     prompts = [_prompt(given) for given in arguments.prompt or [None]]
     sampling = sampling_of(arguments)
-    prepared = prepare(arguments, sequences=len(prompts))
+    request = request_of(arguments)
+    prepared = prepare(request, sequences=len(prompts))
     from runtime.engine.reply import stats_line
     from runtime.interrupts import interrupts_noted
     from toolchain.base import console
 
     with (
         interrupts_noted() as interrupt,
-        load_engine(prepared, arguments, interrupt, sequences=len(prompts)) as engine,
+        load_engine(prepared, request, interrupt, sequences=len(prompts)) as engine,
         closing(_chunks(engine, prompts, sampling, arguments, interrupt)) as chunks,  # before the engine is
     ):
         settings = engine.settings

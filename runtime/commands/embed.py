@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.commands.options import model_options
-from runtime.commands.prepare import Prepared, check_adapters, load_adapters, prepare
+from runtime.commands.options import model_options, request_of
+from runtime.prepare import Prepared, check_adapters, load_adapters, prepare
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make a vector of each text; one JSON array a line, in the order of the texts."""
     texts = _texts(arguments.text)
-    prepared = prepare(arguments, "embeddings")
+    request = request_of(arguments)
+    prepared = prepare(request, "embeddings")
     header, settings = prepared.header, prepared.settings
-    check_adapters(header.path, arguments)
+    check_adapters(header.path, request)
     import json
     from functools import partial
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = load_model(header.path, settings, verbose=arguments.verbose, interrupt=interrupt)
     embedder = None
     try:
-        adapters = load_adapters(model, arguments)
+        adapters = load_adapters(model, request)
         embedder = Embedder(
             model,
             settings,

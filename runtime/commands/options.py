@@ -12,6 +12,8 @@ from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime.engine.sampling import SamplingOptions
+    from runtime.prepare import Request
+    from runtime.settings import Value
 
 MODEL_HELP: Final = (
     "a .gguf file, a recipe (recipes/demo.yaml or recipes/demo.yaml:Q8_0) or its name (demo:Q8_0), "
@@ -68,6 +70,26 @@ def model_options(*, writes: bool = True) -> argparse.ArgumentParser:
     )
     options.add_argument("--verbose", action="store_true", help="the library's log on stderr")
     return options
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """What the model options ask for; a verb need not have all of them."""
+    from runtime.prepare import Request
+
+    return Request(
+        model=arguments.model,
+        flags=flags_of(arguments),
+        lora=tuple(arguments.lora),
+        tune=not arguments.no_tune,
+        verbose=arguments.verbose,
+    )
+
+
+def flags_of(arguments: argparse.Namespace) -> dict[str, Value | None]:
+    """The settings among the options."""
+    from runtime.settings import NAMES
+
+    return {name: getattr(arguments, name, None) for name in NAMES}
 
 
 def reply_options() -> argparse.ArgumentParser:

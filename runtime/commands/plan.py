@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime.commands.options import model_options
-from runtime.commands.prepare import settle_with, with_tuning
+from runtime.commands.options import flags_of, model_options, request_of
+from runtime.prepare import settle_with, with_tuning
 from toolchain.base.errors import ArtifactError, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
@@ -188,14 +188,15 @@ def _require_usable(header: GgufHeader) -> None:
 def _plan(
     arguments: argparse.Namespace, headers: tuple[GgufHeader, ...], recipe: Mapping[str, object], here: Machine
 ) -> Planned:
-    from runtime.commands.prepare import flags_of
     from runtime.engine.adapters import parse_adapter
     from runtime.memory.footprint import adapter_bytes, mmproj_bytes
     from runtime.memory.here import plan_here
     from runtime.settings import asked
     from toolchain.base.gguf import read_header
 
-    settle_with(arguments, headers[0], here, recipe=recipe)  # a wrong value is told before anything is planned
+    settle_with(
+        request_of(arguments), headers[0], here, recipe=recipe
+    )  # a wrong value is told before anything is planned
     wishes = asked(recipe=recipe, env=os.environ, flags=flags_of(arguments))
     devices, build = _machine(arguments, here)
     adapters = [read_header(parse_adapter(typed)[0]) for typed in arguments.lora]
@@ -240,9 +241,9 @@ def _settings(
     from toolchain.base.gpu import Gpu
 
     if not _described(arguments):
-        return settle_with(arguments, header, here, recipe=recipe, plan=planned.plan)
+        return settle_with(request_of(arguments), header, here, recipe=recipe, plan=planned.plan)
     gpus = tuple(Gpu(name=device.name, memory_bytes=device.total_bytes) for device in planned.plan.devices[1:])
-    settings = settle_with(arguments, header, replace(here, gpus=gpus), recipe=recipe, plan=planned.plan)
+    settings = settle_with(request_of(arguments), header, replace(here, gpus=gpus), recipe=recipe, plan=planned.plan)
     notes = {}
     if not gpus and not planned.plan.choice.layout.counts:
         notes["n_gpu_layers"] = "no GPU is described"

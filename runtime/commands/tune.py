@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from runtime.commands.options import model_options
-from runtime.commands.prepare import prepare
+from runtime.commands.options import model_options, request_of
+from runtime.prepare import prepare
 
 if TYPE_CHECKING:
     from runtime.settings import Settings
@@ -30,7 +30,7 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure threads for generation and for prompts, and the micro-batch, once for this machine, model and build."""
     arguments.no_tune = True  # what was measured before is looked at below
-    prepared = prepare(arguments)
+    prepared = prepare(request_of(arguments))
     header, settings, here = prepared.header, prepared.settings, prepared.machine
     from runtime.tune.bandwidth import read_bandwidth
     from runtime.tune.record import record_path, recorded

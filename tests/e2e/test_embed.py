@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from runtime.commands.embed import check_room
-from runtime.commands.prepare import prepare
+from runtime.commands.options import request_of
 from runtime.engine import Engine
 from runtime.engine.embeddings import Embedder, Pooling
 from runtime.engine.load import load, load_model
+from runtime.prepare import prepare
 from runtime.settings import Settings, settle
 from tests.generated_models import write_model
 from tests.tiny_bert import N_CTX, N_EMBD, write_bert
@@ -227,7 +228,7 @@ def test_option_that_vectors_ignore_is_not_offered(bert: Path) -> None:
 
 def test_context_that_does_not_fit_is_refused_before_it_is_made(bert: Path) -> None:
     arguments = argparse.Namespace(model=str(bert), no_tune=True, lora=[], n_ctx=N_CTX)
-    found = prepare(arguments, "embeddings")
+    found = prepare(request_of(arguments), "embeddings")
     check_room(found, 128, 64)
     small = tuple(replace(device, free_bytes=device.margin_bytes + 1000) for device in found.planned.devices)
     with pytest.raises(MemoryFitError, match="texts of 128 tokens do not fit") as caught:

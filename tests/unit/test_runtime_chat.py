@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtime.chat import Quit, Session, joined_lines, run_command, save
+from runtime.chat.old import Quit, Session, joined_lines, run_command, save
 from runtime.engine.reply import Chunk, ReplyStats
 from runtime.engine.sampling import SamplingOptions
 from runtime.template import ChatTemplate

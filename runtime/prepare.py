@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +23,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Request:
+    """What somebody asks for: a model as typed, settings by llama.cpp's names (None: not asked), LoRA adapters.
+
+    ``lora`` holds ``FILE`` or ``FILE=SCALE``. ``tune`` is whether threads are measured, ``verbose`` whether the
+    library's log is shown.
+    """
+
+    model: str
+    flags: Mapping[str, Value | None] = field(default_factory=dict)
+    lora: tuple[str, ...] = ()
+    tune: bool = True
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A model that is found, checked and planned for; nothing of it is loaded.
 
@@ -37,7 +51,7 @@ class Prepared:
     machine: Machine
 
 
-def prepare(arguments: argparse.Namespace, purpose: Purpose = "text", *, sequences: int = 1) -> Prepared:
+def prepare(request: Request, purpose: Purpose = "text", *, sequences: int = 1) -> Prepared:
     """The model that was typed, with settings for it; the library is asked only where memory is tight.
 
     ``sequences`` replies are to be decoded together. Raises MemoryFitError, with what would fit, when the model does
@@ -50,17 +64,17 @@ def prepare(arguments: argparse.Namespace, purpose: Purpose = "text", *, sequenc
     from runtime.settings import asked
     from toolchain.base import console, machine
 
-    resolved = resolve(arguments.model)
+    resolved = resolve(request.model)
     header = open_model(resolved.path, purpose)
     here = machine.probe()
-    settle_with(arguments, header, here, recipe=resolved.runtime)  # a wrong value is told before anything is planned
-    wishes = asked(recipe=resolved.runtime, env=os.environ, flags=flags_of(arguments))
+    settle_with(request, header, here, recipe=resolved.runtime)  # a wrong value is told before anything is planned
+    wishes = asked(recipe=resolved.runtime, env=os.environ, flags=request.flags)
     planned = plan_here(
         all_headers(header),
         wishes,
         here,
-        adapter_bytes=adapters_bytes(arguments),
-        adapters=adapter_headers(arguments),
+        adapter_bytes=adapters_bytes(request),
+        adapters=adapter_headers(request),
         sequences=sequences,
     )
     if not planned.plan.fits and planned.lessons.shortfalls:
@@ -71,14 +85,14 @@ def prepare(arguments: argparse.Namespace, purpose: Purpose = "text", *, sequenc
         raise no_fit(header.path.name, planned.plan)
     for warning in planned.plan.warnings:
         console.warn(warning)
-    settings = settle_with(arguments, header, here, recipe=resolved.runtime, plan=planned.plan)
-    if not arguments.no_tune:
+    settings = settle_with(request, header, here, recipe=resolved.runtime, plan=planned.plan)
+    if request.tune:
         settings = with_tuning(settings, header, here, planned)
     return Prepared(header=header, settings=settings, planned=planned, recipe=resolved.runtime, machine=here)
 
 
 def settle_with(
-    arguments: argparse.Namespace,
+    request: Request,
     header: GgufHeader,
     here: Machine,
     *,
@@ -95,13 +109,11 @@ def settle_with(
         tuned=(*tuned_threads(here), *(plan.settings if plan else ())),
         recipe=recipe,
         env=os.environ,
-        flags=flags_of(arguments),
+        flags=request.flags,
     )
 
 
-def load_engine(
-    prepared: Prepared, arguments: argparse.Namespace, interrupt: Interrupt, *, sequences: int = 1
-) -> Engine:
+def load_engine(prepared: Prepared, request: Request, interrupt: Interrupt, *, sequences: int = 1) -> Engine:
     """The model in memory with its adapters and tuned threads; ``engine.settings`` are those it has in the end.
 
     A load that runs out of memory, adapters included, is tried once more with what a new plan makes of it.
@@ -115,27 +127,27 @@ def load_engine(
         engine = load(
             header.path,
             settings,
-            verbose=arguments.verbose,
+            verbose=request.verbose,
             interrupt=interrupt,
             sequences=sequences,
             refine=None
-            if arguments.no_tune
+            if not request.tune
             else lambda model, chosen: _tuned(model, chosen, prepared, planned, interrupt),
         )
         lines = engine.model.log.lines()
         try:
             engine.model.log.begin()
-            engine.set_adapters(load_adapters(engine.model, arguments))
+            engine.set_adapters(load_adapters(engine.model, request))
         except BaseException:
             engine.close()
             raise
         return Started(loaded=engine, settings=engine.settings, lines=lines)
 
     def settle(planned: Planned) -> Settings:
-        fewer = settle_with(arguments, header, prepared.machine, recipe=prepared.recipe, plan=planned.plan)
-        return fewer if arguments.no_tune else with_tuning(fewer, header, prepared.machine, planned)
+        fewer = settle_with(request, header, prepared.machine, recipe=prepared.recipe, plan=planned.plan)
+        return fewer if not request.tune else with_tuning(fewer, header, prepared.machine, planned)
 
-    check_adapters(header.path, arguments)
+    check_adapters(header.path, request)
     return load_with_back_off(prepared.planned, prepared.settings, attempt, settle=settle)
 
 
@@ -155,25 +167,25 @@ def _tuned(model: Model, settings: Settings, prepared: Prepared, planned: Planne
     return _where_it_fits(found, settings, planned)
 
 
-def check_adapters(path: Path, arguments: argparse.Namespace) -> None:
+def check_adapters(path: Path, request: Request) -> None:
     """Hold each ``--lora`` against the model at ``path``, before gigabytes are loaded; warns of one without effect."""
     from runtime.engine.adapters import check_adapter, parse_adapter
     from toolchain.base import console
     from toolchain.base.gguf import read_header
 
-    base = [read_header(shard) for shard in read_header(path).shard_paths] if arguments.lora else []
-    for typed in arguments.lora:
+    base = [read_header(shard) for shard in read_header(path).shard_paths] if request.lora else []
+    for typed in request.lora:
         adapter = check_adapter(parse_adapter(typed)[0], base)
         if adapter.effect:
             console.warn(f"the adapter {adapter.path.name} {adapter.effect}")
 
 
-def load_adapters(model: Model, arguments: argparse.Namespace) -> list[tuple[Adapter, float]]:
+def load_adapters(model: Model, request: Request) -> list[tuple[Adapter, float]]:
     """Each ``--lora`` in memory, with its scale."""
     from runtime.engine.adapters import load_adapter, parse_adapter
     from toolchain.base.errors import MemoryFitError
 
-    chosen = [parse_adapter(typed) for typed in arguments.lora]
+    chosen = [parse_adapter(typed) for typed in request.lora]
     try:
         return [(load_adapter(model, path), scale) for path, scale in chosen]
     except MemoryFitError as error:
@@ -200,21 +212,14 @@ def _where_it_fits(tuned: Settings, settings: Settings, planned: Planned) -> Set
     return replace(tuned, entries=tuple(kept if entry.name == "n_ubatch" else entry for entry in tuned.entries))
 
 
-def flags_of(arguments: argparse.Namespace) -> dict[str, Value | None]:
-    """The settings among the options; a verb need not have all of them."""
-    from runtime.settings import NAMES
-
-    return {name: getattr(arguments, name, None) for name in NAMES}
-
-
-def adapters_bytes(arguments: argparse.Namespace) -> int:
+def adapters_bytes(request: Request) -> int:
     from runtime.memory.footprint import adapter_bytes
 
-    return sum(map(adapter_bytes, adapter_headers(arguments)))
+    return sum(map(adapter_bytes, adapter_headers(request)))
 
 
-def adapter_headers(arguments: argparse.Namespace) -> list[GgufHeader]:
+def adapter_headers(request: Request) -> list[GgufHeader]:
     from runtime.engine.adapters import parse_adapter
     from toolchain.base.gguf import read_header
 
-    return [read_header(parse_adapter(typed)[0]) for typed in arguments.lora]
+    return [read_header(parse_adapter(typed)[0]) for typed in request.lora]

@@ -1,0 +1,1 @@
+"""``serve``: llama-server with the planned settings, behind a door that guards, queues and survives it."""
