@@ -14,6 +14,7 @@ from runtime.memory.graph import Graph, Tensor
 from runtime.memory.placement import Demand, Placement
 from runtime.memory.shape import LayerShape, ModelShape
 from runtime.memory.weights import EXPERTS
+from toolchain.base.errors import ArtifactError
 from toolchain.base.gguf_header import TensorInfo
 
 _PINNED_BELOW: Final = 32  # tokens: graph_get_cb in llama-context.cpp keeps norms on their layer's device
@@ -105,7 +106,14 @@ class Layer:
         return name + suffix in self.shape.tensors
 
     def info(self, name: str, *, suffix: str = ".weight") -> TensorInfo:
-        return self.shape.tensors[name + suffix]
+        found = self.shape.tensors.get(name + suffix)
+        if found is None:
+            raise ArtifactError(
+                f"the model lacks a tensor: blk.{self.index}.{name}{suffix}",
+                evidence=f"layers of {self.b.shape.architecture} have one; this one has {len(self.shape.tensors)} others",
+                hint="compare the file with its source (`./inv verify FILE.gguf`), or convert it again",
+            )
+        return found
 
     def width(self, name: str) -> int:
         return self.info(name).shape[0]

@@ -81,6 +81,7 @@ def plan_here(
     adapter_bytes: int = 0,
     adapters: Sequence[GgufHeader] = (),
     sequences: int = 1,
+    separate: bool = False,
     devices: tuple[Device, ...] | None = None,
     build: Build | None = None,
 ) -> Planned:
@@ -103,6 +104,7 @@ def plan_here(
         adapter_bytes=adapter_bytes,
         adapters=tuple(adapters),
         sequences=sequences,
+        separate=separate,
     )
     idle = devices is None and installed.gpu_backend is None and "n_gpu_layers" not in asked
     planned = Planned(
@@ -163,7 +165,7 @@ def as_demand(like: Demand, settings: Settings) -> Demand:
     """The demand that ``settings`` make, in all else ``like``."""
     return replace(
         like,
-        n_ctx=settings.number("n_ctx"),
+        n_ctx=settings.number("n_ctx") * (like.n_ctx // like.n_ctx_each),
         n_batch=settings.number("n_batch"),
         n_ubatch=settings.number("n_ubatch"),
         type_k=settings.text("type_k"),

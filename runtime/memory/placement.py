@@ -28,6 +28,11 @@ class Demand:
     kv_unified: bool = False
     swa_full: bool = False
 
+    @property
+    def n_ctx_each(self) -> int:
+        """Tokens that one sequence can have: all of them, or its own share."""
+        return self.n_ctx if self.kv_unified else self.n_ctx // self.n_seq_max
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:

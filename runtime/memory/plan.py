@@ -31,7 +31,7 @@ class Request:
     """What is settled already, by setting; the rest is for the plan to choose.
 
     ``mmproj_bytes`` and ``adapter_bytes`` ride along; ``adapters``, headers of what the latter are, add to compute
-    buffers. ``sequences`` replies are decoded together.
+    buffers. ``sequences`` replies are decoded together; ``separate`` ones have a context of ``n_ctx`` each.
     """
 
     settled: Mapping[str, Value] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Request:
     adapter_bytes: int = 0
     adapters: tuple[GgufHeader, ...] = ()
     sequences: int = 1
+    separate: bool = False
 
     def with_adapters(self, buffers: tuple[BufferBytes, ...], demand: Demand, used: int = 1) -> tuple[BufferBytes, ...]:
         """``buffers`` with what adapters add to each device's compute; ``used`` experts work on a token."""
@@ -150,7 +151,7 @@ def plan_memory(
         devices=spared,
         build=build or installed_build(),
         work=work_of(headers, shape),
-        fixed=as_fixed(request.settled, request.sequences),
+        fixed=as_fixed(request.settled, request.sequences, separate=request.separate),
     )
     choice, wary = search.best(), search
     if ask is not None:
@@ -265,9 +266,9 @@ def _settings(search: Search, choice: Choice, devices: tuple[DevicePlan, ...], r
     if len(layout.counts) > 1:
         split = ",".join(map(str, layout.counts))
         wanted["tensor_split"] = (split, "layers on " + ", ".join(device.name for device in search.gpus))
-    if demand.n_ctx != default_context(search.shape):
-        wanted["n_ctx"] = (demand.n_ctx, f"lowered from {default_context(search.shape)}: no more fits")
-    if demand.n_ubatch != search.demand(demand.n_ctx).n_ubatch:
+    if demand.n_ctx_each != default_context(search.shape):
+        wanted["n_ctx"] = (demand.n_ctx_each, f"lowered from {default_context(search.shape)}: no more fits")
+    if demand.n_ubatch != search.demand(demand.n_ctx_each).n_ubatch:
         wanted["n_ubatch"] = (demand.n_ubatch, words.ubatch_reason(demand))
     if demand.type_k == "q8_0" and (search.fixed.type_k, search.fixed.type_v) == (None, None):
         reason = words.cache_reason(search, choice)

@@ -36,7 +36,10 @@ _ROUNDS: Final = 6  # of packing layers and computing the buffers that come with
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """What the user, the recipe or the environment settled; None is for the search to choose."""
+    """What the user, the recipe or the environment settled; None is for the search to choose.
+
+    ``n_ctx`` is the context of all sequences together, or of each where they are ``separate``.
+    """
 
     n_ctx: int | None = None
     n_gpu_layers: int | None = None
@@ -47,6 +50,7 @@ class Fixed:
     type_k: str | None = None
     type_v: str | None = None
     n_seq_max: int = 1
+    separate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +135,14 @@ class Search:
         n_batch = fixed.n_batch or max(2048, fixed.n_ubatch or 0)
         backends = {device.backend for device in self.gpus or self.devices}
         return Demand(
-            n_ctx=n_ctx,
+            n_ctx=n_ctx * (fixed.n_seq_max if fixed.separate else 1),
             n_batch=n_batch,
             n_ubatch=fixed.n_ubatch or min(512, n_batch),
             type_k=types[0],
             type_v=types[1],
             n_seq_max=fixed.n_seq_max,
             n_outputs_max=max(OUTPUT_ROWS, fixed.n_seq_max),
-            kv_unified=fixed.n_seq_max > 1,
+            kv_unified=fixed.n_seq_max > 1 and not fixed.separate,
             flash_attn=all(runs_flash_attention(backend, self.shape) for backend in backends),
         )
 
@@ -264,7 +268,7 @@ def pooled(needs: Sequence[Need], device: Device, sizes: Sizes) -> int:
     return total
 
 
-def as_fixed(values: Mapping[str, int | str], sequences: int = 1) -> Fixed:
+def as_fixed(values: Mapping[str, int | str], sequences: int = 1, *, separate: bool = False) -> Fixed:
     """From settled settings by name and the replies decoded together; a ``tensor_split`` of no numbers is none."""
     numbers = {name: value for name, value in values.items() if isinstance(value, int)}
     split = parse_split(str(values.get("tensor_split", "")))
@@ -277,5 +281,6 @@ def as_fixed(values: Mapping[str, int | str], sequences: int = 1) -> Fixed:
         n_ubatch=numbers.get("n_ubatch"),
         type_k=str(values["type_k"]) if "type_k" in values else None,
         type_v=str(values["type_v"]) if "type_v" in values else None,
-        n_seq_max=sequences_made(sequences),
+        n_seq_max=sequences if separate else sequences_made(sequences),
+        separate=separate,
     )

@@ -27,11 +27,11 @@ _PARTS: Final = (
 )
 
 
-def plan_lines(plan: MemoryPlan, settings: Settings, speed: Speed) -> Iterator[str]:
-    """All of it, line by line; bars in colour where stdout is a terminal."""
+def plan_lines(plan: MemoryPlan, settings: Settings, speed: Speed, *, plain: bool = False) -> Iterator[str]:
+    """All of it, line by line; bars in colour where stdout is a terminal, unless ``plain``."""
     yield from _settings_lines(settings)
     yield ""
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    coloured = not plain and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = max(len(device.name) for device in plan.devices)
     for device in plan.devices:
         yield f"{device.name:<{width}}  {bar(device, coloured=coloured)}  {_figures(device)}"
@@ -69,10 +69,16 @@ def no_fit(name: str, plan: MemoryPlan) -> MemoryFitError:
         for device in plan.devices
     ]
     return MemoryFitError(
-        f"{name} does not fit in memory with a context of {plan.demand.n_ctx} tokens",
+        f"{name} does not fit in memory with {_contexts(plan)} tokens",
         evidence="\n".join(lines),
         hint=plan.instead or "take a smaller model",
     )
+
+
+def _contexts(plan: MemoryPlan) -> str:
+    """Such as ``a context of 4096``, or ``4 contexts of 4096``."""
+    many = plan.demand.n_ctx // plan.demand.n_ctx_each
+    return f"{many} contexts of {plan.demand.n_ctx_each}" if many > 1 else f"a context of {plan.demand.n_ctx}"
 
 
 def bar(device: DevicePlan, *, coloured: bool) -> str:

@@ -54,7 +54,7 @@ def cache_reason(search: Search, choice: Choice) -> str:
     """What a q8_0 cache buys."""
     plain = search.settle(replace(choice.demand, type_k="f16", type_v="f16"))
     if not plain.fits:
-        return f"a context of {choice.demand.n_ctx} fits with it and not with f16"
+        return f"a context of {choice.demand.n_ctx_each} fits with it and not with f16"
     more = choice.layout.n_gpu_layers - plain.layout.n_gpu_layers
     if more > 0:
         return f"{more} more layers on the GPU than with f16, and a fast kernel"
@@ -100,7 +100,7 @@ def instead(search: Search, choice: Choice) -> str:
         freed = free.best()
         if freed.fits:
             found.append(f"--n-gpu-layers {freed.layout.n_gpu_layers}")
-    n_ctx = choice.demand.n_ctx // 2
+    n_ctx = choice.demand.n_ctx_each // 2
     while n_ctx >= 256:
         if search.best_at(n_ctx).fits:
             found.append(f"--n-ctx {n_ctx}")

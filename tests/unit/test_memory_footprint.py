@@ -19,6 +19,7 @@ from runtime.memory.footprint import (
     supported,
 )
 from tests.generated_models import FAMILIES, Family, write_header
+from toolchain.base.errors import ArtifactError
 from toolchain.base.gguf import GgufHeader, read_header
 
 DEMAND = Demand(n_ctx=4096)
@@ -145,6 +146,13 @@ def test_unknown_architecture_is_estimated_with_a_margin(tmp_path: Path) -> None
     assert (supported(known), supported(novel)) == ("exact", "estimated")
     assert host(novel).compute == int(host(known).compute * 1.25)
     assert host(novel).weights == host(known).weights
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    whole = header(tmp_path)
+    cut = replace(whole, tensors=tuple(t for t in whole.tensors if t.name != "blk.1.ffn_down.weight"))
+    with pytest.raises(ArtifactError, match=r"lacks a tensor: blk\.1\.ffn_down\.weight"):
+        footprint(cut, DEMAND, ON_HOST, 0)
 
 
 def test_projector_and_adapter_take_their_tensors(tmp_path: Path) -> None:
