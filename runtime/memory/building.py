@@ -110,7 +110,7 @@ class Layer:
         if found is None:
             raise ArtifactError(
                 f"the model lacks a tensor: blk.{self.index}.{name}{suffix}",
-                evidence=f"layers of {self.b.shape.architecture} have one; this one has {len(self.shape.tensors)} others",
+                evidence=f"layers of {self.b.shape.architecture} have one; this has {len(self.shape.tensors)} others",
                 hint="compare the file with its source (`./inv verify FILE.gguf`), or convert it again",
             )
         return found
