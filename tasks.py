@@ -231,12 +231,14 @@ def test_(c: Context, tier: str | None = None, k: str | None = None) -> None:
 @foundry_task()
 def check(c: Context) -> None:
     """Lint, format, types, import rules, and generated files."""
+    from runtime.llama.reference import check_reference
     from toolchain.pipeline import verbs
 
     for argv in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("lint-imports",)):
         tool = Path(sys.executable).parent / argv[0]
         command.attach((tool, *argv[1:]), what=" ".join(argv), cwd=files.PROJECT_ROOT)
     verbs.check_schema(files.PROJECT_ROOT / "recipes")
+    check_reference(files.PROJECT_ROOT / "docs")
 
 
 @foundry_task()
@@ -245,6 +247,14 @@ def schema(c: Context) -> None:
     from toolchain.pipeline import verbs
 
     verbs.write_schema(files.PROJECT_ROOT / "recipes")
+
+
+@foundry_task()
+def reference(c: Context) -> None:
+    """Write the reference of LLaMa into docs/llama.md from its docstrings."""
+    from runtime.llama.reference import write_reference
+
+    write_reference(files.PROJECT_ROOT / "docs")
 
 
 class Front(Program):

@@ -8,10 +8,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from runtime.commands import bench, chat, complete, embed, plan, tune
+from runtime.commands import bench, chat, complete, embed, plan, serve, tune
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, MissingError
 
-VERBS = (chat, complete, embed, plan, tune, bench)
+VERBS = (chat, complete, embed, serve, plan, tune, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

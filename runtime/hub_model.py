@@ -24,9 +24,11 @@ from toolchain.hub.ggufs import (
 )
 from toolchain.hub.headers import quant_headers
 from toolchain.hub.place import Place
+from toolchain.hub.repository import RemoteFile
 
 _HUB: Final = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?::(?P<quant>[^:/]+))?$")
 _QUIET_S: Final = 1.0
+_VISION_TYPES: Final = ("BF16", "F16", "Q8_0", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,19 @@ def fetch_model(name: HubName, cache_dir: Path | None = None) -> HubModel:
         return _fetch(listing, choose_quant(listing, name.quant), cache)
 
 
+def fetch_vision(listing: RepoListing, cache_dir: Path | None = None) -> Path | None:
+    """The repository's vision part on disk, downloaded if it is not; None where it has none. Errors as of the model."""
+    if not listing.mmproj:
+        return None
+    cache = cache_dir or files.home_dir("hub")
+    chosen = min(listing.mmproj, key=_vision_preference)
+    part = Quant(name=Path(chosen.name).name, files=(chosen,))
+    if path := gguf_path(listing, part, cache):
+        return path
+    with files.home_in_use():
+        return _fetch(listing, part, cache).path
+
+
 def remote_model_headers(typed: str, cache_dir: Path | None = None, *, all_quants: bool = False) -> RemotePlanTarget:
     """The headers of the quant that ``typed`` means, or of all in its repository; no tensor data is read.
 
@@ -132,6 +147,13 @@ def _offered(listing: RepoListing, name: HubName) -> Quant | None:
         return choose_quant(listing, name.quant)
     except UsageError:
         return None
+
+
+def _vision_preference(file: RemoteFile) -> tuple[int, int]:
+    """As the models' own training had it, before what takes more room or loses some."""
+    spelled = Path(file.name).name.upper()
+    first = next((place for place, name in enumerate(_VISION_TYPES) if name in spelled), len(_VISION_TYPES))
+    return first, file.bytes
 
 
 def _begun(listing: RepoListing, quant: Quant, cache: Path) -> bool:

@@ -43,6 +43,21 @@ def import_library() -> Any:
     return lib
 
 
+def import_vision_library(lib: Any, log: LibraryLog) -> Any:
+    """The module ``llama_cpp.mtmd_cpp``, libmtmd's bindings, with its messages in ``log``; errors as of the above."""
+    try:
+        import llama_cpp.mtmd_cpp as mtmd
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        what = "this build of llama_cpp cannot read images"
+        raise MissingError(what, evidence=str(error), hint=_MEND) from error
+    require_agreement(Path(mtmd.__file__).parent, Path(mtmd._libmtmd._name), [mtmd])
+    callback = lib.llama_log_callback(log.write)
+    mtmd.mtmd_helper_log_set(callback, None)  # and libmtmd's own
+    _vision_routes[:] = [callback]
+    return mtmd
+
+
+_vision_routes: list[Any] = []
 _routes: list[Any] = []  # the library keeps a callback's address, so none may be collected that it may return to
 
 

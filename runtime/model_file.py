@@ -23,10 +23,13 @@ _ENCODER_DECODERS: Final = frozenset({"t5"})
 _DIFFUSION: Final = frozenset({"dream", "llada", "llada-moe", "rnd1"})
 _OTHER_KINDS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "adapter": ("is a LoRA adapter, not a model", "name the base model that it was trained on"),
-        "vocab": ("holds a vocabulary and no weights", "name the model's own file"),
+        "adapter": ("is a LoRA adapter, not a model", "name its base model, and this file behind --lora"),
+        "vocab": (
+            "holds a vocabulary and no weights",
+            "name the model's own file; such a file only serves tests of tokenizers",
+        ),
         "imatrix": ("is an importance matrix, not a model", "name the model that was made with it"),
-        "mmproj": ("is the vision or audio part of a model", "name the language model's file"),
+        "mmproj": ("is the vision or audio part of a model", "name the language model's file, which it belongs to"),
         "other": ("is a GGUF, but not of a model", "name a causal language model"),
     }
 )
@@ -53,7 +56,9 @@ def require_generative(header: GgufHeader) -> None:
     """Raise UsageError, saying what it is instead, unless ``header`` describes a model that writes text."""
     _require_model(header)
     if why := _no_generator(header):
-        _refuse(header, why, "name a causal language model")
+        embeds = why.startswith("is an embedding model")
+        instead = f"`python -m runtime embed {header.path}` makes vectors of text; to write, " if embeds else ""
+        _refuse(header, why, f"{instead}name a causal language model")
 
 
 def require_embedding(header: GgufHeader) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from runtime.engine import Engine
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 class Request:
     """What somebody asks for: a model as typed, settings by llama.cpp's names (None: not asked), LoRA adapters.
 
-    ``lora`` holds ``FILE`` or ``FILE=SCALE``. ``tune`` is whether threads are measured, ``verbose`` whether the
-    library's log is shown.
+    ``lora`` holds ``FILE`` or ``FILE=SCALE``. ``mmproj`` is the file of the vision part; where one is wanted (``sees``)
+    and none is named, the one beside the model, or of its repository, is taken. ``tune`` is whether threads are
+    measured, ``verbose`` whether the library's log is shown.
     """
 
     model: str
     flags: Mapping[str, Value | None] = field(default_factory=dict)
     lora: tuple[str, ...] = ()
+    mmproj: str | None = None
+    sees: bool = False
     tune: bool = True
     verbose: bool = False
 
@@ -49,23 +52,35 @@ class Prepared:
     planned: Planned
     recipe: Mapping[str, object]
     machine: Machine
+    mmproj: Path | None = None
 
 
-def prepare(request: Request, purpose: Purpose = "text", *, sequences: int = 1) -> Prepared:
+def prepare(
+    request: Request,
+    purpose: Purpose = "text",
+    *,
+    sequences: int = 1,
+    separate: bool = False,
+    mmproj_bytes: int = 0,
+) -> Prepared:
     """The model that was typed, with settings for it; the library is asked only where memory is tight.
 
-    ``sequences`` replies are to be decoded together. Raises MemoryFitError, with what would fit, when the model does
-    not.
+    ``sequences`` replies are to be decoded together; ``separate`` ones have a context of ``n_ctx`` each. A vision or
+    audio part of ``mmproj_bytes`` lies beside the model. Raises MemoryFitError, with what would fit, when the model
+    does not.
     """
+    from runtime.memory import footprint
     from runtime.memory.here import all_headers, plan_here
     from runtime.memory.show import no_fit
     from runtime.model_file import open_model
     from runtime.resolve import resolve
     from runtime.settings import asked
+    from runtime.vision_file import vision_part
     from toolchain.base import console, machine
 
     resolved = resolve(request.model)
     header = open_model(resolved.path, purpose)
+    vision = vision_part(request.mmproj, header.path, look_beside=request.sees, listing=resolved.listing)
     here = machine.probe()
     settle_with(request, header, here, recipe=resolved.runtime)  # a wrong value is told before anything is planned
     wishes = asked(recipe=resolved.runtime, env=os.environ, flags=request.flags)
@@ -76,6 +91,8 @@ def prepare(request: Request, purpose: Purpose = "text", *, sequences: int = 1) 
         adapter_bytes=adapters_bytes(request),
         adapters=adapter_headers(request),
         sequences=sequences,
+        separate=separate,
+        mmproj_bytes=mmproj_bytes or (footprint.mmproj_bytes(vision) if vision else 0),
     )
     if not planned.plan.fits and planned.lessons.shortfalls:
         planned = planned.again(planned.lessons.doubted())  # memory that was short once may be there today
@@ -88,7 +105,10 @@ def prepare(request: Request, purpose: Purpose = "text", *, sequences: int = 1) 
     settings = settle_with(request, header, here, recipe=resolved.runtime, plan=planned.plan)
     if request.tune:
         settings = with_tuning(settings, header, here, planned)
-    return Prepared(header=header, settings=settings, planned=planned, recipe=resolved.runtime, machine=here)
+    found = vision.path if vision else None
+    return Prepared(
+        header=header, settings=settings, planned=planned, recipe=resolved.runtime, machine=here, mmproj=found
+    )
 
 
 def settle_with(
@@ -113,9 +133,17 @@ def settle_with(
     )
 
 
-def load_engine(prepared: Prepared, request: Request, interrupt: Interrupt, *, sequences: int = 1) -> Engine:
+def load_engine(
+    prepared: Prepared,
+    request: Request,
+    interrupt: Interrupt,
+    *,
+    sequences: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> Engine:
     """The model in memory with its adapters and tuned threads; ``engine.settings`` are those it has in the end.
 
+    ``progress`` is told what share of the weights is in memory, 0 to 1.
     A load that runs out of memory, adapters included, is tried once more with what a new plan makes of it.
     """
     from runtime.engine import load
@@ -130,6 +158,7 @@ def load_engine(prepared: Prepared, request: Request, interrupt: Interrupt, *, s
             verbose=request.verbose,
             interrupt=interrupt,
             sequences=sequences,
+            progress=progress,
             refine=None
             if not request.tune
             else lambda model, chosen: _tuned(model, chosen, prepared, planned, interrupt),
@@ -138,6 +167,8 @@ def load_engine(prepared: Prepared, request: Request, interrupt: Interrupt, *, s
         try:
             engine.model.log.begin()
             engine.set_adapters(load_adapters(engine.model, request))
+            if prepared.mmproj:
+                _open_vision(engine, prepared.mmproj, asked_for=request.mmproj is not None)
         except BaseException:
             engine.close()
             raise
@@ -149,6 +180,19 @@ def load_engine(prepared: Prepared, request: Request, interrupt: Interrupt, *, s
 
     check_adapters(header.path, request)
     return load_with_back_off(prepared.planned, prepared.settings, attempt, settle=settle)
+
+
+def _open_vision(engine: Engine, path: Path, *, asked_for: bool) -> None:
+    """One that only lay beside the model and does not belong to it is left alone."""
+    from toolchain.base import console
+    from toolchain.base.errors import ArtifactError, UsageError
+
+    try:
+        engine.open_vision(path)
+    except (ArtifactError, UsageError) as error:
+        if asked_for:
+            raise
+        console.warn(f"{path.name} lies beside the model and is not used: {error.message}")
 
 
 def _tuned(model: Model, settings: Settings, prepared: Prepared, planned: Planned, interrupt: Interrupt) -> Settings:

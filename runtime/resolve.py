@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -11,9 +12,11 @@ from typing import Final
 import yaml
 
 from runtime.hub_model import HubName, fetch_model, parse_hub_name
+from runtime.legacy_ggml import converted, is_legacy_ggml
 from runtime.settings import near_miss
 from toolchain.base import files
 from toolchain.base.errors import ArtifactError, FetchError, UsageError
+from toolchain.hub.ggufs import RepoListing
 
 _RECIPE: Final = re.compile(r"(?P<path>.+\.ya?ml)(?::(?P<type>[^:]*))?$")
 _NAME: Final = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(?::(?P<type>[^:/]*))?$")
@@ -24,7 +27,7 @@ _LISTED: Final = 12
 class Resolved:
     """The file to load, and of a recipe's result its name, its type and the recipe's ``runtime`` block.
 
-    Of a model from the hub ``repo`` is the repository and ``type`` the quant.
+    Of a model from the hub ``repo`` is the repository, ``type`` the quant and ``listing`` what else is there.
     """
 
     path: Path
@@ -32,6 +35,7 @@ class Resolved:
     repo: str | None = None
     type: str | None = None
     runtime: Mapping[str, object] = field(default_factory=dict)
+    listing: RepoListing | None = None
 
 
 def resolve(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None = None) -> Resolved:
@@ -48,12 +52,13 @@ def resolve(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None 
         here = f"no file and no recipe of that name is here, so {found.repo} on the hub was asked"
         error.evidence = f"{error.evidence}\n{here}".lstrip()
         raise
-    return Resolved(path=fetched.path, repo=found.repo, type=fetched.quant.name)
+    return Resolved(path=fetched.path, repo=found.repo, type=fetched.quant.name, listing=fetched.listing)
 
 
 def locate(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None = None) -> Resolved | HubName:
     """The file that ``typed`` means if it is here, else the hub repository; nothing is fetched.
 
+    A GGML ``.bin`` of 2023 means the GGUF made of it, now if this is its first use (see ``legacy_ggml.converted``).
     ``root`` is the project with its recipes, ``models`` holds the results. A path wins over a recipe's name, and
     both over a repository. Raises UsageError with a next step when there is no such file, and ArtifactError when
     a recipe's result is not what its manifest says.
@@ -66,7 +71,7 @@ def locate(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None =
     if path.is_dir():
         raise _is_directory(path)
     if path.exists():
-        return Resolved(path=path)
+        return Resolved(path=converted(path) if is_legacy_ggml(path) else path)
     if (named := _NAME.fullmatch(typed)) and (models / named["name"] / "manifest.json").exists():
         return _result(named["name"], named["type"], models, quantize=f"recipes/{named['name']}.yaml")
     on_hub = parse_hub_name(typed)
@@ -152,11 +157,18 @@ def _not_quantized(name: str, recipe: str) -> UsageError:
 
 
 def _is_directory(path: Path) -> UsageError:
-    found = sorted(p.name for p in path.glob("*.gguf"))
+    old = [p for p in path.glob("*.bin") if is_legacy_ggml(p)]
+    held = sorted(p.relative_to(path) for p in (*path.glob("*.gguf"), *path.glob("*/*.gguf"), *old))
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")) and not held:
+        return UsageError(
+            f"{path} is a model folder of original weights, which are quantized through a recipe first",
+            evidence=f"recipes/mine.yaml:\n  name: mine\n  model: {{path: {path.absolute()}}}\n  quantize: [Q4_K_M]",
+            hint="write that file, then `./inv quantize recipes/mine.yaml`",
+        )
     return UsageError(
         f"{path} is a directory",
-        evidence="\n".join(found[:_LISTED]),
-        hint=f"name the file: {path / found[0]}" if found else "name a .gguf file",
+        evidence="\n".join(map(str, held[:_LISTED])) or "no .gguf file in it",
+        hint=f"name the file: {path / held[0]}" if held else "name a .gguf file, a recipe or owner/repo on the hub",
     )
 
 
@@ -170,5 +182,12 @@ def _no_file(path: Path, models: Path) -> UsageError:
     return UsageError(
         f"no file {path}",
         evidence=evidence if beside or made or not folder.is_dir() else f"no .gguf file in {folder}",
-        hint=near_miss(path.name, (*beside, *made)) or "name a .gguf file, a recipe or a hub repository (owner/repo)",
+        hint=_near_file(path.name, (*beside, *made)) or "name a .gguf file, a recipe or a hub repository (owner/repo)",
     )
+
+
+def _near_file(name: str, known: Iterable[str]) -> str:
+    """As ``near_miss``, without the ending that all names have in common."""
+    by_stem = {each.removesuffix(".gguf"): each for each in known}
+    close = difflib.get_close_matches(name.removesuffix(".gguf"), by_stem, n=1)
+    return f"did you mean {by_stem[close[0]]}?" if close else ""

@@ -53,10 +53,21 @@ class Extents:
 
 
 def write_model(
-    path: Path, family: Family, *, type: str = "f16", random: bool = False, seed: int = 0, **extents: int
+    path: Path,
+    family: Family,
+    *,
+    type: str = "f16",
+    random: bool = False,
+    seed: int = 0,
+    template: str = "",
+    **extents: int,
 ) -> Path:
-    """A model of ``family`` at ``path``; ``extents`` are fields of Extents. ``type`` as gguf-py spells it, any case."""
+    """A model of ``family`` at ``path``; ``extents`` are fields of Extents. ``type`` as gguf-py spells it, any case.
+    ``template`` is its chat template, if it shall have one.
+    """
     writer, tensors = _describe(path, family, Extents(**extents), type)
+    if template:
+        writer.add_chat_template(template)
     numbers = np.random.default_rng(seed)
     for tensor in tensors:
         writer.add_tensor(

@@ -1,4 +1,4 @@
-"""The llama-bench of the very build that llama_cpp runs on.
+"""The programs of the very build that llama_cpp runs on.
 
 A wheel of ours names its Toolchain in its version (``0.3.36+cpu.g0c1e570.b6e326dd59da9`` is of Toolchain
 ``0c1e570-6e326dd59da9``). Its tool counts only if its libraries are byte for byte those that llama_cpp loads.
@@ -28,6 +28,11 @@ class Tool:
 
 def find_llama_bench(library_dir: Path) -> Tool | str:
     """The llama-bench on the libraries in ``library_dir``, or why there is none."""
+    return find_tool("llama-bench", library_dir)
+
+
+def find_tool(name: str, library_dir: Path) -> Tool | str:
+    """The program ``name`` on the libraries in ``library_dir``, or why there is none."""
     try:
         version = importlib.metadata.version("llama_cpp_python")
     except importlib.metadata.PackageNotFoundError:
@@ -35,7 +40,7 @@ def find_llama_bench(library_dir: Path) -> Tool | str:
     toolchain = toolchain_of(version)
     if toolchain is None:
         return f"llama_cpp_python {version} comes from no Toolchain of ours: `./inv build` makes one with its tools"
-    return matching_tool(files.foundry_home() / "toolchains" / toolchain, "llama-bench", library_dir)
+    return matching_tool(files.foundry_home() / "toolchains" / toolchain, name, library_dir)
 
 
 def toolchain_of(version: str) -> str | None:

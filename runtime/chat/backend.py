@@ -6,6 +6,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from toolchain.base.errors import FetchError
+
 if TYPE_CHECKING:
     from runtime.conversation.messages import Message
     from runtime.engine.sampling import SamplingOptions
@@ -37,6 +39,10 @@ class Figures:
     generation_tps: float | None = None
     ttft_ms: float | None = None
     threads: int | None = None
+
+
+class ContextFullError(FetchError):
+    """The conversation is longer than a server's context: it can be answered once turns are dropped."""
 
 
 class Piece(NamedTuple):
@@ -74,3 +80,28 @@ class Backend(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+def figures_line(figures: Figures) -> str:
+    """The one line of figures after a reply: what is known of them."""
+    parts = []
+    if figures.completion_tokens is not None:
+        speed = "" if figures.generation_tps is None else f", {figures.generation_tps:.0f} t/s generation"
+        parts.append(_counted(figures.completion_tokens, "token") + speed)
+    if figures.prompt_tokens is not None:
+        cached = "" if figures.cached_tokens is None else f" ({figures.cached_tokens} cached)"
+        speed = "" if figures.prompt_tps is None else f", {figures.prompt_tps:.0f} t/s"
+        parts.append(_counted(figures.prompt_tokens, "prompt token") + cached + speed)
+    if figures.threads is not None:
+        parts.append(_counted(figures.threads, "thread"))
+    if figures.finish_reason == "length":
+        parts.append("cut at the token limit or the end of the context")
+    elif figures.finish_reason == "cancelled":
+        parts.append("stopped")
+    elif figures.finish_reason != "stop":
+        parts.append(f"ended: {figures.finish_reason}")
+    return "; ".join(parts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

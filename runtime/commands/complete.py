@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from runtime.commands.options import model_options, reply_options, request_of, sampling_of, token_limit
@@ -27,7 +28,10 @@ COMPLETE_TOKENS: Final = 512
 def add(verbs: Any) -> None:
     """Declare the verb."""
     one = verbs.add_parser(
-        "complete", parents=[model_options(), reply_options()], help="continue a prompt", description=run.__doc__
+        "complete",
+        parents=[model_options(sees=True), reply_options()],
+        help="continue a prompt",
+        description=run.__doc__,
     )
     one.add_argument(
         "-p",
@@ -36,6 +40,7 @@ def add(verbs: Any) -> None:
         metavar="TEXT",
         help="the prompt; - or nothing reads standard input; several are decoded together",
     )
+    one.add_argument("--image", action="append", default=[], metavar="FILE", help="before the prompt; may be repeated")
     one.add_argument("--json", action="store_true", help="one JSON object on stdout: text, figures, settings")
     one.add_argument("--logprobs", type=int, metavar="N", help="each token's probability and the N likeliest (--json)")
     one.add_argument(
@@ -51,9 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Continue a prompt as it stands, without the chat template; several prompts are decoded together."""
     _check(arguments)
     prompts = [_prompt(given) for given in arguments.prompt or [None]]
+    images = [_image(given) for given in arguments.image]
     sampling = sampling_of(arguments)
     request = request_of(arguments)
+    if not images:
+        request = replace(request, mmproj=None, sees=False)
     prepared = prepare(request, sequences=len(prompts))
+    if images and prepared.mmproj is None:
+        raise UsageError(f"{prepared.header.path.name} does not see", hint="give its vision part: --mmproj FILE")
     from runtime.engine.reply import stats_line
     from runtime.interrupts import interrupts_noted
     from toolchain.base import console
@@ -61,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         interrupts_noted() as interrupt,
         load_engine(prepared, request, interrupt, sequences=len(prompts)) as engine,
-        closing(_chunks(engine, prompts, sampling, arguments, interrupt)) as chunks,  # before the engine is
+        closing(_chunks(engine, prompts, images, sampling, arguments, interrupt)) as chunks,  # before the engine is
     ):
         settings = engine.settings
         replies = _collect(chunks, len(prompts), shows=not arguments.json)
@@ -124,18 +134,20 @@ class _Collected:
 def _chunks(
     engine: Engine,
     prompts: Sequence[str],
+    images: Sequence[bytes],
     sampling: SamplingOptions,
     arguments: argparse.Namespace,
     interrupt: Interrupt,
 ) -> Generator[tuple[int, Chunk], None, None]:
     """(index of the prompt, chunk) as they come."""
-    tokens = [engine.tokenize(prompt) for prompt in prompts]
     limit = token_limit(arguments.max_tokens, COMPLETE_TOKENS)
-    if len(tokens) > 1:
+    if len(prompts) > 1:
+        tokens = [engine.tokenize(prompt) for prompt in prompts]
         yield from engine.stream_many(tokens, sampling, max_tokens=limit, stops=arguments.stop, interrupt=interrupt)
         return
+    prompt = prompts[0]
     one = engine.stream(
-        tokens[0],
+        engine.see(engine.image_marker * len(images) + prompt, images) if images else engine.tokenize(prompt),
         sampling,
         max_tokens=limit,
         stops=arguments.stop,
@@ -180,8 +192,21 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--logprobs cannot be {arguments.logprobs}", hint="0 or more")
     if (arguments.prompt or []).count("-") > 1:
         raise UsageError("-p - twice: standard input is read once", hint="give the other prompts as text")
-    if len(arguments.prompt or ()) > 1 and (arguments.logprobs is not None or arguments.lookup):
-        raise UsageError("--logprobs and --lookup go with one prompt", hint="give one -p at a time")
+    if len(arguments.prompt or ()) > 1 and (arguments.logprobs is not None or arguments.lookup or arguments.image):
+        raise UsageError("--logprobs, --lookup and --image go with one prompt", hint="give one -p at a time")
+
+
+def _image(given: str) -> bytes:
+    """The image file, whose content is looked at before a model is loaded."""
+    from runtime.engine.images import decode_image
+    from toolchain.base import files
+
+    try:
+        raw = files.expand(given).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{given} cannot be read", evidence=str(error), hint="check the path") from error
+    decode_image(raw)
+    return raw
 
 
 def _prompt(given: str | None) -> str:

@@ -45,10 +45,14 @@ SAMPLERS: Final = (
 """Options of the samplers that are off by default: name, type, placeholder, help."""
 
 
-def model_options(*, writes: bool = True) -> argparse.ArgumentParser:
-    """MODEL and the settings of the engine; without those that only matter to one that ``writes`` text."""
+def model_options(
+    *, writes: bool = True, optional: bool = False, several: bool = False, sees: bool = False
+) -> argparse.ArgumentParser:
+    """MODEL, which may be left out where it is ``optional`` and is a list where there may be ``several``, and the
+    settings of the engine; without those that only matter to one that ``writes`` text, or that ``sees`` images.
+    """
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    options.add_argument("model", metavar="MODEL", nargs="?" if optional else "+" if several else None, help=MODEL_HELP)
     engine = options.add_argument_group("the engine", "each also as FOUNDRY_<NAME> in the environment")
     engine.add_argument("--n-ctx", metavar="N", help="tokens of context (default: 4096, the model's, or what fits)")
     if writes:
@@ -68,6 +72,11 @@ def model_options(*, writes: bool = True) -> argparse.ArgumentParser:
     engine.add_argument(
         "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a LoRA adapter; may be repeated"
     )
+    if sees:
+        vision = "the model's vision part (default: mmproj*.gguf beside the model, or in its hub repository)"
+        engine.add_argument("--mmproj", metavar="FILE", help=vision)
+        engine.add_argument("--no-mmproj", dest="sees", action="store_false", help="without it, and without images")
+    options.set_defaults(sees=sees)
     options.add_argument("--verbose", action="store_true", help="the library's log on stderr")
     return options
 
@@ -80,8 +89,10 @@ def request_of(arguments: argparse.Namespace) -> Request:
         model=arguments.model,
         flags=flags_of(arguments),
         lora=tuple(arguments.lora),
+        mmproj=arguments.mmproj if getattr(arguments, "sees", False) else None,
+        sees=getattr(arguments, "sees", False),
         tune=not arguments.no_tune,
-        verbose=arguments.verbose,
+        verbose=getattr(arguments, "verbose", False),
     )
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from runtime.memory.devices import Device
     from runtime.memory.here import Planned
     from runtime.memory.kernels import Build
-    from runtime.memory.speed import Speed
     from runtime.settings import Settings
     from toolchain.base.gguf import GgufHeader
     from toolchain.base.machine import Machine
@@ -49,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     Of a hub repository only headers are read. Ends with 7 when it does not fit.
     """
     from runtime.memory.show import no_fit, plan_json, plan_lines
+    from runtime.tune.record import measured_speed
     from toolchain.base import console, machine
 
     here = machine.probe()
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, headers[0], recipe, here, planned)
     if not _described(arguments) and not arguments.no_tune:
         settings = with_tuning(settings, headers[0], here, planned)
-    measured = None if _described(arguments) else _measured(headers[0], here, settings)
+    measured = None if _described(arguments) else measured_speed(headers[0], here, settings)
     speed = measured or planned.plan.speed
     if arguments.json:
         console.answer_json({"model": str(headers[0].path), **plan_json(planned.plan, settings, speed)})
@@ -260,20 +260,6 @@ def _settings(
 
 def _described(arguments: argparse.Namespace) -> bool:
     return bool(arguments.vram or arguments.ram or arguments.unified)
-
-
-def _measured(header: GgufHeader, here: Machine, settings: Settings) -> Speed | None:
-    """What ``tune`` measured of this model here, where it did."""
-    from runtime.memory.speed import Speed
-    from runtime.tune.record import recorded
-
-    tuning = recorded(header, here, settings)
-    if tuning is None or not {"n_threads", "n_threads_batch"} <= set(tuning.found):
-        return None
-    generation, prompt = tuning.found["n_threads"], tuning.found["n_threads_batch"]
-    return Speed(
-        generation_tps=generation.rate(generation.value), prompt_tps=prompt.rate(prompt.value), basis="measured by tune"
-    )
 
 
 def _path(typed: str) -> Any:

@@ -28,10 +28,13 @@ OUT_OF_MEMORY: Final = re.compile(r"failed to allocate|unable to allocate|out of
 PARTIAL_ONLY: Final = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h: the part of a state that cannot be cut."""
 
+_ROPES_IN_SPACE: Final = (8, 40)  # GGML_ROPE_TYPE_MROPE and _IMROPE of ggml.h
+
 
 class Context:
     """One llama_context and the tokens in its cache; ``close`` frees it and not the model.
 
+    Numbers below 0 among the ``cached`` stand for positions of an image (``vision``); nothing can decode them again.
     ``exact`` counts the leading tokens of the cache that were computed as parts of a prompt, which gives the same
     bits each time; tokens of a reply were computed one by one. ``adapters`` are those at work, with their scales,
     ``settings`` those that it was made with.
@@ -52,10 +55,17 @@ class Context:
         self.checkpoints = Checkpoints()
         self.recurrent = bool(lib.llama_model_is_recurrent(model.handle) or lib.llama_model_is_hybrid(model.handle))
         self._memory = lib.llama_get_memory(handle)
-        self._block = min(n_batch, lib.llama_n_ubatch(handle))
+        self._block: int = min(n_batch, lib.llama_n_ubatch(handle))
         self._most = self._block if self._offloads() else n_batch // self._block * self._block
         self._n_swa: int = lib.llama_model_n_swa(model.handle)
         self._forgets = self.recurrent or self._n_swa > 0
+        self.in_space = lib.llama_model_rope_type(model.handle) in _ROPES_IN_SPACE
+        """Whether an image has fewer positions than cells, so that the library cannot count on from its last one."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Tokens of a micro-batch."""
+        return self._block
 
     def close(self) -> None:
         """Free it; a second call does nothing, nor do ``keep``, ``clear`` and ``forget`` from then on."""
@@ -63,24 +73,29 @@ class Context:
             self.model.lib.llama_free(self.handle)
         self.handle = self._memory = None
 
-    def require_room(self, tokens: Sequence[int]) -> None:
+    def require_room(self, n_tokens: int) -> None:
         """Raise UsageError for a prompt that is empty or longer than the context."""
-        if not tokens:
+        if not n_tokens:
             raise UsageError("the prompt is empty, and this model has no token to begin with", hint="give it a word")
-        if len(tokens) > self.n_ctx:
+        if n_tokens > self.n_ctx:
             raise UsageError(
-                f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}",
-                hint=f"shorten it, or give --n-ctx {len(tokens) + 256} if the model has so much",
+                f"the prompt has {n_tokens} tokens, the context holds {self.n_ctx}",
+                hint=f"shorten it, or give --n-ctx {n_tokens + 256} if the model has so much",
             )
 
-    def reuse(self, tokens: Sequence[int]) -> int:
+    def reuse(self, tokens: Sequence[int], images: Sequence[tuple[int, int]] = ()) -> int:
         """Keep of the cache what ``tokens`` can go on from; the number of tokens kept.
+
+        ``images`` are the ranges of positions that stand for one each: it is kept whole or not at all.
 
         The last token is always decoded again, since its logits are wanted. Where all that is common was computed as
         part of a prompt, what follows has the bits of a run without a cache.
         """
         shared = min(common_prefix(self.cached, tokens), len(tokens) - 1)
-        count = resumable(shared, len(tokens), self._block) if shared <= self.exact else shared
+        shared = next((start for start, end in images if start < shared < end), shared)
+        text_end = images[0][0] if images else len(tokens)  # a cold run's pieces end there
+        whole = shared > self.exact or (bool(images) and shared == text_end)
+        count = shared if whole else resumable(shared, text_end, self._block)
         return self.keep(shared if self.recurrent or not self._window_reaches(count) else count)
 
     def keep(self, count: int) -> int:
@@ -135,7 +150,10 @@ class Context:
             while (start := len(self.cached)) < len(tokens):
                 end = self._piece_end(start, len(tokens))
                 at = ctypes.cast(ctypes.addressof(buffer) + 4 * (start - first), ctypes.POINTER(ctypes.c_int32))
-                if status := lib.llama_decode(handle, lib.llama_batch_get_one(at, end - start)):
+                batch = lib.llama_batch_get_one(at, end - start)
+                if self.in_space:
+                    batch.pos = (ctypes.c_int32 * (end - start))(*range(start, end))
+                if status := lib.llama_decode(handle, batch):
                     self.keep(start)
                     if self.stopped(status) == "length":
                         raise MemoryFitError(
@@ -154,6 +172,15 @@ class Context:
         finally:
             if watch:
                 lib.llama_set_abort_callback(handle, lib.ggml_abort_callback(), None)
+
+    def extend(self, stand_ins: Sequence[int], length: int) -> None:
+        """Note that a picture was decoded behind what the cache holds, in a prompt of ``length`` positions.
+
+        Where the prompt ends so soon that no checkpoint would be made in it, one is made here.
+        """
+        self.cached.extend(stand_ins)
+        if self._forgets and self._checkpoint_at(length) < len(self.cached):
+            self._keep_state()
 
     def stopped(self, status: int) -> FinishReason:
         """What a decode's status other than 0 means (llama.h): 1 no room, 2 aborted, below 0 an error."""
@@ -193,14 +220,17 @@ class Context:
         return max(0, length - TILE_ROWS) if self._forgets else 0
 
     def _note_checkpoint(self, length: int) -> None:
+        if self.cached and len(self.cached) == self._checkpoint_at(length):
+            self._keep_state()
+
+    def _keep_state(self) -> None:
         lib, handle, count = self.model.lib, self.handle, len(self.cached)
-        if count and count == self._checkpoint_at(length):
-            size = lib.llama_state_seq_get_size_ext(handle, 0, PARTIAL_ONLY)
-            if size > self.checkpoints.limit_bytes:
-                return
-            state = (ctypes.c_uint8 * size)()
-            if lib.llama_state_seq_get_data_ext(handle, state, size, 0, PARTIAL_ONLY) == size:
-                self.checkpoints.add(Checkpoint(tokens=count, state=bytes(state)))
+        size = lib.llama_state_seq_get_size_ext(handle, 0, PARTIAL_ONLY)
+        if size > self.checkpoints.limit_bytes:
+            return
+        state = (ctypes.c_uint8 * size)()
+        if lib.llama_state_seq_get_data_ext(handle, state, size, 0, PARTIAL_ONLY) == size:
+            self.checkpoints.add(Checkpoint(tokens=count, state=bytes(state)))
 
     def _back_to_checkpoint(self, count: int) -> int:
         """Go back to the nearest checkpoint of at most ``count`` tokens, else to none; the number of tokens."""

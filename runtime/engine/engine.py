@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING
 from runtime.engine import session
 from runtime.engine.adapters import Adapter, load_adapter, set_adapters
 from runtime.engine.context import Context
-from runtime.engine.generate import Outcome, SingleSteps, Watch, generate
+from runtime.engine.generate import Outcome, SingleSteps, Steps, Watch, generate
 from runtime.engine.reply import Chunk, Reply, ReplyStats
 from runtime.engine.sampling import SamplingOptions
+from runtime.engine.seen import PlacedSteps, Seen, words
 from runtime.engine.speculate import LookupSteps, can_speculate
 from runtime.engine.text import Pieces
 from runtime.interrupts import Interrupt
 from runtime.settings import MOST_SEQUENCES
-from toolchain.base.errors import MemoryFitError
+from toolchain.base.errors import MemoryFitError, UsageError
 
 if TYPE_CHECKING:  # numpy is left to what needs it: a damaged file is refused before it is imported
     from runtime.engine.draw import Sampler
     from runtime.engine.embeddings import Pooling, Vectors
     from runtime.engine.logprobs import Adjust, Rows
+    from runtime.engine.vision import Vision
     from runtime.settings import Settings
 
 
@@ -34,6 +36,7 @@ class Engine:
         self._context: Context | None = context
         self.model = context.model
         self.pieces = Pieces(context.model)
+        self._vision: Vision | None = None
 
     def __enter__(self) -> Engine:
         return self
@@ -42,7 +45,9 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the context and the model; a second call does nothing."""
+        """Free the context, the vision part and the model; a second call does nothing."""
+        if self._vision:
+            self._vision.close()
         if self._context:
             self._context.close()
         self.model.close()
@@ -78,9 +83,41 @@ class Engine:
         """Tokens of ``text`` with special tokens parsed, and with the BOS that the model wants exactly once."""
         return self.model.tokenize(text)
 
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may hold images."""
+        return self._vision is not None
+
+    @property
+    def image_marker(self) -> str:
+        """What stands for an image in a prompt; UsageError where the model does not see."""
+        return self._eyes().marker
+
+    def open_vision(self, path: Path) -> None:
+        """Load the vision part at ``path`` beside the model; errors as of ``vision.open_vision``."""
+        from runtime.engine.vision import open_vision
+
+        on_gpu = self.offloads and self.settings.number("n_gpu_layers") != 0
+        threads = self.settings.number("n_threads_batch")
+        self._vision = open_vision(path, self.model, n_threads=threads, on_gpu=on_gpu, most_cells=self.n_ctx // 2)
+
+    def see(self, prompt: str, images: Sequence[bytes]) -> Seen:
+        """``prompt`` with the image files ``images`` where its ``image_marker`` stand; errors as of ``Vision.see``."""
+        return self._eyes().see(prompt, images)
+
+    def count_seen(self, prompt: str, images: Sequence[bytes]) -> int:
+        """Tokens that ``see`` of the same would have; cheap for images that were seen before."""
+        return self._eyes().count(prompt, images)
+
+    def _eyes(self) -> Vision:
+        if self._vision is None:
+            name = self.model.path.name if self.model.path else "this model"
+            raise UsageError(f"{name} does not see", hint="give its vision part: --mmproj FILE")
+        return self._vision
+
     def stream(
         self,
-        tokens: Sequence[int],
+        prompt: Sequence[int] | Seen,
         sampling: SamplingOptions,
         *,
         max_tokens: int | None = None,
@@ -90,7 +127,9 @@ class Engine:
         top_logprobs: int | None = None,
         adjust: Adjust | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Pieces of the reply to the prompt ``tokens`` as they come; the last chunk carries the statistics.
+        """Pieces of the reply to ``prompt`` as they come; the last chunk carries the statistics.
+
+        ``prompt`` are tokens, or what ``see`` made of words and images.
 
         Ends at the model's end of generation, at a stop string, after ``max_tokens`` (None: no limit), when the
         context is full, or within one token after ``interrupt`` was raised. ``lookup`` guesses repetitions ahead
@@ -102,18 +141,19 @@ class Engine:
         from runtime.engine.logprobs import Logprobs, Rows
 
         context = self.context
-        context.require_room(tokens)
+        asked = prompt if isinstance(prompt, Seen) else Seen(None, [words(prompt)])
+        context.require_room(asked.n_tokens)
         rows = Rows(self.model, context.handle)
-        sampler = self._sampler(sampling, rows, tokens)
+        sampler = self._sampler(sampling, rows, asked.text_tokens)
         try:
             started = time.perf_counter()
-            cached_tokens = context.reuse(tokens)
-            whole = context.decode_prompt(tokens, interrupt)
+            cached_tokens = asked.cells(context.reuse(asked.tokens, asked.ranges))
+            whole = asked.decode(context, interrupt)
             prompt_done = time.perf_counter()
-            processed_tokens = len(context.cached) - cached_tokens
-            reply = Reply(self.pieces, self._limit(tokens, max_tokens), stops)
-            guesses = lookup and can_speculate(self.model)
-            steps = LookupSteps(context, tokens, self._limit(tokens, max_tokens)) if guesses else SingleSteps(context)
+            processed_tokens = asked.cells(len(context.cached)) - cached_tokens
+            limit = self._limit(asked.n_tokens, max_tokens)
+            reply = Reply(self.pieces, limit, stops)
+            steps = self._steps(asked, limit, lookup=lookup)
             watch = None
             if adjust or top_logprobs is not None:
                 logprobs = None if top_logprobs is None else Logprobs(self.model, rows, top_logprobs)
@@ -125,7 +165,7 @@ class Engine:
         finally:
             sampler.close()
         stats = ReplyStats(
-            prompt_tokens=len(tokens),
+            prompt_tokens=asked.n_tokens,
             cached_tokens=cached_tokens,
             processed_tokens=processed_tokens,
             completion_tokens=outcome.tokens,
@@ -161,7 +201,7 @@ class Engine:
         if not prompts:
             return
         for tokens in prompts:
-            self.context.require_room(tokens)
+            self.context.require_room(len(tokens))
         self._widen(len(prompts))
         if self.model.lib.llama_n_seq_max(self.context.handle) == 1:
             for index, (tokens, options) in enumerate(zip(prompts, each, strict=True)):
@@ -170,7 +210,11 @@ class Engine:
             return
         requests = [
             Request(
-                index=index, prompt=list(tokens), sampling=options, limit=self._limit(tokens, max_tokens), stops=stops
+                index=index,
+                prompt=list(tokens),
+                sampling=options,
+                limit=self._limit(len(tokens), max_tokens),
+                stops=stops,
             )
             for index, (tokens, options) in enumerate(zip(prompts, each, strict=True))
         ]
@@ -203,9 +247,15 @@ class Engine:
 
         return Sampler(self.model, self.context.handle, sampling, rows=rows, pieces=self.pieces, prompt=list(tokens))
 
-    def _limit(self, tokens: Sequence[int], max_tokens: int | None) -> int:
+    def _steps(self, prompt: Seen, limit: int, *, lookup: bool) -> Steps:
+        if prompt.spans:
+            return PlacedSteps(self.context) if self.context.in_space else SingleSteps(self.context)
+        guesses = lookup and can_speculate(self.model)
+        return LookupSteps(self.context, prompt.tokens, limit) if guesses else SingleSteps(self.context)
+
+    def _limit(self, n_prompt: int, max_tokens: int | None) -> int:
         """Tokens of a reply at most; the last one needs no place in the context, it is never decoded."""
-        room = self.n_ctx - len(tokens) + 1
+        room = self.n_ctx - n_prompt + 1
         return room if max_tokens is None else min(room, max_tokens)
 
     def save_session(self, path: Path, note: Mapping[str, object] = MappingProxyType({})) -> None:

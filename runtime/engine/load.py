@@ -29,9 +29,11 @@ def load(
     interrupt: Interrupt | None = None,
     sequences: int = 1,
     refine: Callable[[Model, Settings], Settings] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Engine:
     """Load the checked GGUF at ``path``. ``interrupt`` ends the loading with KeyboardInterrupt.
 
+    ``progress`` is told what share of the weights is in memory, 0 to 1, as often as that changes; it must not raise.
     ``sequences`` replies can be decoded together (``Engine.stream_many``, 16 at most); they share the context.
     ``refine`` may change the settings of the context once the model is in memory. The log then begins with what the
     library tells of this context, whatever ``refine`` did.
@@ -39,7 +41,7 @@ def load(
     Raises MissingError without a usable library, MemoryFitError when memory runs out, ArtifactError when the
     library refuses the file, UsageError when it refuses the settings.
     """
-    model = load_model(path, settings, verbose=verbose, interrupt=interrupt)
+    model = load_model(path, settings, verbose=verbose, interrupt=interrupt, progress=progress)
     try:
         refined = refine(model, settings) if refine else settings
         return Engine(make_context(model, refined, sequences))
@@ -48,14 +50,27 @@ def load(
         raise
 
 
-def load_model(path: Path, settings: Settings, *, verbose: bool = False, interrupt: Interrupt | None = None) -> Model:
+def load_model(
+    path: Path,
+    settings: Settings,
+    *,
+    verbose: bool = False,
+    interrupt: Interrupt | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Model:
     """The weights and vocabulary alone; errors as of ``load``."""
     lib = import_library()
     log = route_log(lib, verbose)
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     kept = apply_placement(lib, params, settings)
-    watch = lib.llama_progress_callback(lambda _done, _data: not interrupt.raised) if interrupt else None
+
+    def goes_on(done: float, _data: object) -> bool:
+        if progress:
+            progress(done)
+        return not (interrupt and interrupt.raised)
+
+    watch = lib.llama_progress_callback(goes_on) if interrupt or progress else None
     if watch:
         params.progress_callback = watch
     handle = lib.llama_model_load_from_file(os.fsencode(path), params)

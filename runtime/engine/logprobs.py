@@ -77,9 +77,5 @@ class Logprobs:
 
     def _piece(self, token: int) -> bytes:
         if token not in self._pieces:
-            lib, vocab = self._model.lib, self._model.vocab
-            size = -lib.llama_token_to_piece(vocab, token, None, 0, 0, True)
-            buffer: Any = (ctypes.c_char * max(size, 1))()
-            lib.llama_token_to_piece(vocab, token, buffer, size, 0, True)
-            self._pieces[token] = bytes(buffer[: max(size, 0)])
+            self._pieces[token] = self._model.named_piece(token)
         return self._pieces[token]

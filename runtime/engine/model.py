@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +15,7 @@ from toolchain.base.errors import UsageError
 
 _INT32_MAX: Final = 2**31 - 1
 _PIECE_BYTES: Final = 256  # longer pieces exist (runs of spaces); they take a second call
+_SPECIAL: Final = 1 | 8 | 16  # LLAMA_TOKEN_ATTR_UNKNOWN, _CONTROL, _USER_DEFINED: what parsing special tokens finds
 
 
 class Model:
@@ -46,6 +49,10 @@ class Model:
             tokens.insert(0, bos)
         return tokens
 
+    def tokenize_bare(self, text: str) -> list[int]:
+        """Tokens of ``text`` alone, with special tokens parsed and nothing added."""
+        return self._tokens(text, framed=False)
+
     def tokenize_framed(self, text: str) -> list[int]:
         """Tokens of a whole text, between the special tokens that the model wants before and after it."""
         return self._tokens(text, framed=True)
@@ -67,6 +74,45 @@ class Model:
         buffer: Any = (ctypes.c_char * _PIECE_BYTES)()
         size = self.lib.llama_token_to_piece(self.vocab, token, buffer, _PIECE_BYTES, 0, False)
         return buffer[:size] if size >= 0 else self.long_piece(token, -size)
+
+    def named_piece(self, token: int) -> bytes:
+        """As ``piece``, but a control token is its name, such as ``</s>``."""
+        size = -self.lib.llama_token_to_piece(self.vocab, token, None, 0, 0, True)
+        buffer = (ctypes.c_char * max(size, 1))()
+        self.lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, True)
+        return bytes(buffer[: max(size, 0)])
+
+    def named_pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        """The bytes of each token of a text, without the spaces that a tokenizer of this vocabulary puts in.
+
+        SentencePiece begins a text with a space, and goes on with one after each special token
+        (llama_vocab::impl::tokenize in llama-vocab.cpp).
+        """
+        begins = self._adds_space
+        for token in tokens:
+            piece = self.named_piece(token)
+            special = bool(self.lib.llama_vocab_get_attr(self.vocab, token) & _SPECIAL)
+            yield piece.removeprefix(b" ") if begins and not special else piece
+            begins = special and self._adds_space
+
+    def detokenize(self, tokens: Iterable[int]) -> str:
+        """The text that ``tokenize_bare`` makes ``tokens`` of; bytes that make no character become U+FFFD."""
+        return b"".join(self.named_pieces(tokens)).decode("utf-8", "replace")
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a generation."""
+        return tuple(token for token in range(self.n_vocab) if self.lib.llama_vocab_is_eog(self.vocab, token))
+
+    @cached_property
+    def by_piece(self) -> dict[bytes, int]:
+        """The first token of each piece that is some; control tokens have none."""
+        found = {self.piece(token): token for token in reversed(range(self.n_vocab))}
+        return {piece: token for piece, token in found.items() if piece}
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        return b"".join(map(self.piece, self.tokenize_bare("x"))).startswith(b" ")
 
     def long_piece(self, token: int, size: int) -> bytes:
         """The piece of ``size`` bytes, which a first call with less room told."""

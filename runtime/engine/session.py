@@ -117,8 +117,11 @@ def restore(context: Context, path: Path, *, interrupt: Interrupt | None) -> Sav
         elif not _load(context, saved, tokens, data):
             why = "the library does not take its state"
     if why:
-        console.warn(f"{path.name}: {why}; reading its {saved.tokens} tokens again")
-        context.decode_prompt(tokens, interrupt)
+        words = next((at for at, token in enumerate(tokens) if token < 0), len(tokens))  # an image is not in the file
+        console.warn(
+            f"{path.name}: {why}; reading {'its' if words == saved.tokens else 'the first'} {words} tokens again"
+        )
+        context.decode_prompt(tokens[:words], interrupt)
     return saved
 
 
@@ -250,7 +253,7 @@ def _require_whole(path: Path, data: mmap.mmap) -> None:
 
 def _tokens(context: Context, saved: Saved, data: mmap.mmap) -> list[int]:
     tokens = array("i", data[_LIBRARY_HEAD.size : _LIBRARY_HEAD.size + 4 * saved.tokens])
-    if len(tokens) != saved.tokens or min(tokens) < 0 or max(tokens) >= context.model.n_vocab:
+    if len(tokens) != saved.tokens or max(tokens) >= context.model.n_vocab:  # below 0: a part of an image
         raise _damaged(saved.path, "it holds tokens that the model does not have")
     return tokens.tolist()
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from runtime.library_id import build_id
 from runtime.settings import Settings
@@ -27,6 +27,9 @@ from toolchain.base.errors import FoundryError
 from toolchain.base.gguf import GgufHeader
 from toolchain.base.machine import Machine
 from toolchain.base.topology import Cpus
+
+if TYPE_CHECKING:
+    from runtime.memory.speed import Speed
 
 TunedName: TypeAlias = Literal["n_threads", "n_threads_batch", "n_ubatch"]
 TUNED: Final[tuple[TunedName, ...]] = ("n_threads", "n_threads_batch", "n_ubatch")
@@ -118,6 +121,19 @@ def recorded(header: GgufHeader, machine: Machine, settings: Settings) -> Tuning
     if known is None or not known.covers(wanted(settings)):
         return None
     return known if known.settled or known.attempts >= ATTEMPTS else None
+
+
+def measured_speed(header: GgufHeader, machine: Machine, settings: Settings) -> Speed | None:
+    """What was measured of this model here, where both rates were."""
+    from runtime.memory.speed import Speed
+
+    tuning = recorded(header, machine, settings)
+    if tuning is None or not {"n_threads", "n_threads_batch"} <= set(tuning.found):
+        return None
+    generation, prompt = tuning.found["n_threads"], tuning.found["n_threads_batch"]
+    return Speed(
+        generation_tps=generation.rate(generation.value), prompt_tps=prompt.rate(prompt.value), basis="measured by tune"
+    )
 
 
 def keep(tuning: Tuning, header: GgufHeader, machine: Machine, settings: Settings) -> Tuning:

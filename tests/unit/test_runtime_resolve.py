@@ -8,6 +8,7 @@ import pytest
 from runtime import hub_model
 from runtime.hub_model import HubName
 from runtime.resolve import Resolved, locate, resolve
+from tests.legacy_ggml_files import write_legacy
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.hub.ggufs import Quant, RepoListing, record_listing
 from toolchain.hub.place import Place
@@ -90,6 +91,29 @@ def test_directory_lists_what_it_holds(project: Path) -> None:
     with pytest.raises(UsageError, match="is a directory") as caught:
         resolve(str(project / "models/demo"), root=project, models=project / "models")
     assert "demo-Q4_K_M.gguf" in caught.value.hint
+
+
+def test_directory_lists_what_lies_a_folder_deeper_and_files_of_2023(project: Path) -> None:
+    write_legacy(project / "models/old.bin")
+    with pytest.raises(UsageError, match="is a directory") as caught:
+        resolve(str(project / "models"), root=project, models=project / "models")
+    assert caught.value.evidence.splitlines() == ["demo/demo-Q4_K_M.gguf", "demo/demo-Q8_0.gguf", "old.bin"]
+
+
+def test_folder_of_original_weights_is_answered_with_a_recipe(project: Path) -> None:
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (project / name).write_text("{}")
+    with pytest.raises(UsageError, match="original weights") as caught:
+        resolve(str(project), root=project, models=project / "models")
+    assert f"model: {{path: {project}}}" in caught.value.evidence
+    assert "./inv quantize" in caught.value.hint
+
+
+def test_files_are_alike_by_their_names_and_not_by_their_ending(project: Path) -> None:
+    (project / "bert.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError) as caught:
+        resolve(str(project / "nowhere.gguf"), root=project, models=project / "models")
+    assert "did you mean" not in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ def require_agreement(package: Path, library: Path, modules: Iterable[ModuleType
     """Why nothing can be said of the imported ``modules`` of ``package`` with ``library``; empty: they agree.
 
     Raises ArtifactError, with struct and field, when they disagree. The verdict is kept below FOUNDRY_HOME's
-    folder ``work``, under the names, sizes and times of the package's files and of the libraries beside ``library``, so
-    that only the first call compares. Where nothing can be written, each call does.
+    folder ``work``, under the modules' names and the names, sizes and times of the package's files and of the libraries
+    beside ``library``, so that only the first call compares. Where nothing can be written, each call does.
     """
     libraries = sorted(path for path in library.parent.glob("lib*") if path.is_file())
     sources = (*sorted(package.glob("*.py")), package / LAYOUT_FILE, *libraries)
-    seen = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources if path.is_file()]
+    modules = list(modules)
+    seen: list[list[str | int]] = [[module.__name__ for module in modules]]
+    seen += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources if path.is_file()]
     note = files.foundry_home() / "work" / "abi" / f"{files.digest(seen)[:32]}.json"
     match files.read_json(note):
         case {"unknown": str(why)}:

@@ -1,7 +1,8 @@
 """The only place that starts a process.
 
 Children stay in our process group, so a terminal's Ctrl-C and a ``kill -9`` of the group reach them all;
-an interrupt that reaches only us takes down the child's whole tree.
+an interrupt that reaches only us takes down the child's whole tree. Only a ``Service`` has a session of its own: what
+ends it is ours to decide, and our death.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import codecs
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +33,15 @@ CUDA_DEFAULTS: Mapping[str, str] = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """CUDA numbers GPUs by speed unless told otherwise, NVML by PCI bus: with this both mean the same card by a number."""
 TAIL_LINES = 20
 _WINDOW = 4096  # characters of recent output that a progress parser sees
+_LAST_BYTES = 1 << 16  # of a service's output that is evidence
+
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+# prctl(2): PR_SET_PDEATHSIG is 1. It holds through the exec; a parent that died before it was set is another one now.
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -167,6 +179,95 @@ def serving(
     finally:
         if child.poll() is None:  # the id of one that was waited for may be another's by now
             _stop_tree(child)
+
+
+class Service:
+    """A long-lived child in a session of its own, its output in ``log``, which is begun anew.
+
+    On Linux the kernel kills it when the thread that started it ends, so start it from the main thread.
+    """
+
+    def __init__(self, command: list[str], *, what: str, log: Path, child: subprocess.Popen[bytes]) -> None:
+        self.command, self.what, self.log = command, what, log
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def status(self) -> int | None:
+        """Its exit status (negative: the signal that ended it), or None while it runs.
+
+        Whatever it left behind in its session's process group is killed before its id is given back.
+        """
+        if self._child.returncode is None and _has_ended(self.pid):
+            self._signal_group(signal.SIGKILL)
+            self._child.wait()
+        return self._child.returncode
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, to the child alone: it ends its own children in order."""
+        if self.status() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the child and all in its group; it has ended on return."""
+        if self._child.returncode is None:
+            self._signal_group(signal.SIGKILL)
+            self._child.wait()
+
+    def output(self) -> str:
+        """The last of its output."""
+        with self.log.open("rb") as source:
+            source.seek(max(0, source.seek(0, os.SEEK_END) - _LAST_BYTES))
+            return source.read().decode(errors="replace")
+
+    def failed(self, how: str = "", *, hint: str = "") -> FoundryError:
+        """The error of a child that ended by itself, or that did ``how``, with its last lines."""
+        text = self.output().partition("\n")[2]
+        status = self.status()
+        if how or status is None:
+            message = f"{self.what}: {Path(self.command[0]).name} {how or 'runs'}"
+            return CommandError(message, evidence=_evidence(self.command, text, self.log), hint=hint)
+        return _failed(self.what, self.command, status, text=text, log=self.log, hint=hint)
+
+    def _signal_group(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+            os.killpg(self.pid, number)
+
+
+def start_service(
+    argv: Sequence[str | Path],
+    *,
+    what: str,
+    log: Path,
+    env: Mapping[str, str | None] | None = None,
+    hint: str = "",
+) -> Service:
+    """Start ``argv`` to run beside us; MissingError when the program is not there. ``env`` as of ``run``.
+
+    A terminal's Ctrl-C does not reach it. The caller ends it; on Linux our death does too, whatever its cause.
+    """
+    command = [str(part) for part in argv]
+    if shutil.which(command[0]) is None:
+        raise MissingError(f"{what}: {command[0]} is not there", hint=hint or "run `./inv build`")
+    tied = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid())] if sys.platform == "linux" else []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    sink = _open_log(log, command)
+    assert sink is not None
+    with sink:
+        how = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": subprocess.STDOUT, "start_new_session": True}
+        child = _start([*tied, *command], what=what, hint=hint, env=_environment(env or {}), **how)
+    return Service(command, what=what, log=log, child=child)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether our child ``pid`` waits to be reaped."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def shown(argv: Sequence[str | Path]) -> str:

@@ -48,7 +48,7 @@ def models_dir() -> Path:
 
 def home_dir(name: str) -> Path:
     """``FOUNDRY_HOME/name``, made when missing. Names in use: sources toolchains hub work logs tune (all of
-    which can be made again) and chat-history.
+    which can be made again), sessions and chat-history.
     """
     path = foundry_home() / name
     with disk_errors(path):

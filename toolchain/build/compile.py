@@ -18,7 +18,8 @@ from toolchain.build.source import stage_source, writes_among_its_sources
 from toolchain.build.toolchain import Toolchain
 from toolchain.build.webui import Page, build_page, hand_over, prove_page
 
-CONVERTER_PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
+_SCRIPTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "convert_llama_ggml_to_gguf.py")
+CONVERTER_PARTS = (*_SCRIPTS, "conversion", "gguf-py")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,120 @@
+"""The commands that need a model in this process: another model, its adapters, its plan."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.chat.local import LocalBackend
+from runtime.interrupts import interrupts_noted
+from runtime.settings import NAMES, near_miss, parse_value
+from toolchain.base import files
+from toolchain.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from runtime.chat.talk import Talk
+    from runtime.settings import Value
+
+
+def other_model(talk: Talk, typed: str) -> str:
+    """``MODEL [n_ctx=N ...]``: load it in place of the one that answers now, and keep the conversation; what to say.
+
+    Without a model it says which one answers. Errors as of ``LocalBackend.exchange``; the old one then answers on.
+    """
+    local = _local(talk, "/model")
+    if not typed:
+        return f"{local.name}, {local.engine.n_ctx} tokens of context"
+    model, flags = _parsed(typed)
+    alone = " without its adapters" if local.request.lora else ""
+    with interrupts_noted() as interrupt:
+        try:
+            local.exchange(model, flags, interrupt)
+        finally:
+            talk.count_again()
+    return f"{local.name}{alone}, {local.n_ctx} tokens of context; the conversation stays"
+
+
+def adapters(talk: Talk, typed: str) -> str:
+    """``FILE[=SCALE]`` adds an adapter or changes its scale, ``-FILE`` removes it; what works then, a line each."""
+    local = _local(talk, "/lora")
+    chosen = [(each.path, each.scale) for each in local.adapters()]
+    if typed:
+        local.set_adapters(_changed(chosen, typed))
+        talk.count_again()
+    lines = [f"{each.path} at {each.scale:g}{_effect(each.adapter.file.effect)}" for each in local.adapters()]
+    return "\n".join(lines) or "no adapters; /lora FILE[=SCALE] adds one"
+
+
+def plan(talk: Talk) -> str:
+    """The settings with their reasons, where the model lies and what to expect, as ``plan`` prints them."""
+    from runtime.memory.show import plan_lines
+    from runtime.tune.record import measured_speed
+
+    local = _local(talk, "/plan")
+    settings, prepared = local.engine.settings, local.prepared
+    planned = prepared.planned.plan
+    speed = measured_speed(prepared.header, prepared.machine, settings) or planned.speed
+    return "\n".join(plan_lines(planned, settings, speed, plain=True))
+
+
+def _local(talk: Talk, command: str) -> LocalBackend:
+    if not isinstance(talk.backend, LocalBackend):
+        raise UsageError(
+            f"{command} needs a model in this process; {talk.backend.name} answers from a server",
+            hint="python -m runtime chat MODEL, without --endpoint",
+        )
+    return talk.backend
+
+
+def _parsed(typed: str) -> tuple[str, dict[str, Value]]:
+    if files.expand(typed).is_file():
+        return typed, {}
+    try:
+        model, *words = shlex.split(typed)
+    except ValueError as error:
+        raise UsageError("a quote is not closed", evidence=str(error), hint='/model "name with spaces.gguf"') from error
+    flags: dict[str, Value] = {}
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if name not in NAMES or not equals:
+            hint = near_miss(name, NAMES) if name not in NAMES else f"/model {model} {name}=VALUE"
+            raise UsageError(
+                f"/model: {word} is no setting",
+                hint=hint or "a name with spaces stands in quotes; settings are n_ctx=8192 and the like",
+            )
+        flags[name] = parse_value(name, value, "/model")
+    return model, flags
+
+
+def _changed(chosen: Sequence[tuple[Path, float]], typed: str) -> list[tuple[Path, float]]:
+    from runtime.engine.adapters import parse_adapter
+
+    if typed.startswith("-") and not files.expand(typed).is_file():
+        gone = _known(chosen, files.expand(typed[1:].strip()))
+        if gone is None:
+            names = [path.name for path, _ in chosen]
+            raise UsageError(
+                f"no adapter {typed[1:].strip()} is at work", hint=near_miss(typed[1:], names) or "/lora lists them"
+            )
+        return [each for each in chosen if each[0] != gone]
+    path, scale = parse_adapter(typed)
+    known = _known(chosen, path)
+    if known is None:
+        return [*chosen, (path, scale)]
+    return [(each, scale if each == known else before) for each, before in chosen]
+
+
+def _known(chosen: Sequence[tuple[Path, float]], path: Path) -> Path | None:
+    """The adapter that ``path`` names, by its path or, where that is clear, by its file's name."""
+    if exact := [each for each, _ in chosen if each == path]:
+        return exact[0]
+    named = [each for each, _ in chosen if each.name == str(path)]
+    return named[0] if len(named) == 1 else None
+
+
+def _effect(text: str) -> str:
+    return f" ({text})" if text else ""

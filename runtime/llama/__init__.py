@@ -1,0 +1,1 @@
+"""What the class ``LLaMa`` (``runtime/model.py``) stands on, a module for each concern."""
