@@ -1,6 +1,6 @@
 """GGML ``.bin`` files of 2023 become GGUF on first use, by the pinned llama.cpp's own converter; the original stays.
 
-The GGUF lies beside the original as ``X.bin.gguf``, or in FOUNDRY_HOME/work/legacy where that folder cannot take it,
+The GGUF lies beside the original as ``X.bin.gguf``, or in FOUNDRY_HOME's folder ``work`` where that one cannot take it,
 with a note ``X.bin.gguf.from.json`` of what it was made from: while that holds, no process is started.
 """
 

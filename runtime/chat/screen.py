@@ -12,10 +12,10 @@ from queue import SimpleQueue
 from typing import Final, Protocol, TextIO
 
 from runtime.chat.backend import Figures, Piece, figures_line
-from runtime.chat.harmless import Harmless, harmless
 from runtime.chat.region import Region
 from runtime.engine.shown import Shown
 from toolchain.base import console
+from toolchain.base.harmless import Harmless, harmless
 
 FRAME_S: Final = 0.04
 DRAWING_SHARE: Final = 0.2

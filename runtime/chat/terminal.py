@@ -19,7 +19,6 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
 from runtime.chat.commands import COMMANDS, Quit, is_command, run_command, unescaped
-from runtime.chat.harmless import harmless
 from runtime.chat.history import KeptHistory
 from runtime.chat.meter import Level, meter
 from runtime.chat.pipe import joined_lines
@@ -27,6 +26,7 @@ from runtime.chat.screen import Screen, can_draw
 from runtime.chat.talk import Talk
 from toolchain.base import console, files
 from toolchain.base.errors import FoundryError
+from toolchain.base.harmless import harmless
 
 PROMPT: Final = "> "
 MORE: Final = "… "
@@ -201,7 +201,7 @@ def _keys() -> KeyBindings:
 
 
 def _bar(talk: Talk, columns: int) -> StyleAndTextTuples:
-    """The model, how full its context is, and the session's name; the model's name is cut where there is no room."""
+    """The model, how full its context is, and the session's name; the model's name gives way where there is no room."""
     try:
         used = talk.used_tokens()
     except FoundryError:
@@ -212,7 +212,8 @@ def _bar(talk: Talk, columns: int) -> StyleAndTextTuples:
     name = harmless(talk.backend.name)
     if len(name) > room:
         name = f"{name[: max(room - 1, 0)]}…"
-    return [("", name), ("", _SEPARATOR), (_COLORS[gauge.level], gauge.text), ("", session)]
+    model = f"{name}{_SEPARATOR}" if room > 3 else ""
+    return [("", model), (_COLORS[gauge.level], gauge.text), ("", session)]
 
 
 def _typed(question: str) -> str:

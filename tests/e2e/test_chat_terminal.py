@@ -97,7 +97,7 @@ def leave(terminal: PseudoTerminal) -> None:
 
 def answered(terminal: PseudoTerminal, times: int = 1) -> str:
     """The text when so many replies have their figures and the next prompt is there."""
-    return terminal.wait_for(r"prompt tokens[^>]*\n>", times=times)
+    return terminal.wait_for(r"prompt\s+tokens[^>]*\n>", times=times)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (36, 10)])

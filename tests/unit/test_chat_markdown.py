@@ -10,8 +10,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from runtime.chat.flow import Flow
-from runtime.chat.harmless import Harmless, harmless
 from runtime.chat.markdown import QUOTE, markdown_lines
+from toolchain.base.harmless import Harmless, harmless
 
 REPLY = """\
 # Sorting in Python

@@ -1,4 +1,4 @@
-"""The only place that prints: the answer goes to stdout, the story to stderr.
+"""The only place that prints: the answer to stdout, the story to stderr, where a stranger's words are made harmless.
 
 Quiet while all goes well: one line a step. A terminal sees a live bar; elsewhere a heartbeat every 30 s
 tells that work goes on.
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from toolchain.base.errors import FoundryError
+from toolchain.base.harmless import harmless
 
 HEARTBEAT_S = 30.0
 
@@ -43,11 +44,11 @@ def story() -> Console:
 
 def say(text: str) -> None:
     """One plain line of the story."""
-    story().print(text, markup=False)
+    story().print(harmless(text), markup=False)
 
 
 def warn(text: str) -> None:
-    story().print(f"[yellow]![/yellow] {escape(text)}")
+    story().print(f"[yellow]![/yellow] {escape(harmless(text))}")
 
 
 def answer(text: str) -> None:
@@ -108,12 +109,12 @@ def step(title: str, *, quiet_s: float = 0.0) -> Iterator[Step]:
 def failure(error: FoundryError) -> None:
     """What failed, its evidence, and what to do next."""
     console = story()
-    console.print(f"[red bold]✗[/red bold] {escape(error.message)}")
+    console.print(f"[red bold]✗[/red bold] {escape(harmless(error.message))}")
     if error.evidence:
-        for line in error.evidence.splitlines():
+        for line in harmless(error.evidence).splitlines():
             console.print(f"  [dim]{escape(line)}[/dim]")
     if error.hint:
-        console.print(f"  [cyan]→[/cyan] {escape(error.hint)}")
+        console.print(f"  [cyan]→[/cyan] {escape(harmless(error.hint))}")
 
 
 def format_bytes(count: float) -> str:

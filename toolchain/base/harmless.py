@@ -1,4 +1,4 @@
-"""A model's text made harmless for a terminal: nothing in it moves the cursor, sets a title or writes a clipboard."""
+"""A stranger's text made harmless for a terminal: nothing in it moves the cursor, sets a title, writes a clipboard."""
 
 from __future__ import annotations
 
