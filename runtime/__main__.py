@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -13,9 +14,12 @@ from toolchain.base.errors import INTERRUPTED_EXIT_CODE, FoundryError, MissingEr
 
 VERBS = (chat, complete, embed, serve, plan, tune, bench)
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (the contract is in toolchain/base/errors.py)."""
+    _open_missing_streams()
     arguments = _parser().parse_args(argv)
     try:
         # A pipe or a terminal of another encoding gets replacement marks, not a traceback.
@@ -39,10 +43,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"✗ this Python has no {error.name}: {sys.executable}\n  → . .venv/bin/activate, or run `./inv`\n"
         )
         return MissingError.exit_code
-    except Exception:
+    except Exception as error:
+        return _unforeseen(error)
+    return status
+
+
+def _open_missing_streams() -> None:
+    """What was closed by whoever started us reads as empty and swallows what is written."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+
+
+def _unforeseen(error: Exception) -> int:
+    """A full disk behind stdout, which has no name in the error, or a bug."""
+    if not (isinstance(error, OSError) and error.errno in _FULL and error.filename is None):
         traceback.print_exc()
         return 1
-    return status
+    _discard_stdout()
+    sys.stderr.write(f"✗ the answer cannot be written\n  {error}\n  → make room where stdout goes\n")
+    return MissingError.exit_code
 
 
 def _discard_stdout() -> None:

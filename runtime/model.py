@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime.conversation.tracker import Conversation
 from runtime.llama.talking import Talking
-from toolchain.base.errors import ArtifactError
+from toolchain.base.errors import ArtifactError, UsageError
 
 __all__ = ["LLaMa"]
 
@@ -25,11 +25,14 @@ class LLaMa(Talking):
         """Write the conversation and what the cache holds of it to ``path``, in one atomic step, readable by you alone.
 
         A file of the cache's size (``load_resource_info`` tells it) for the tokens that were read so far. Raises
-        UsageError when no token was read yet, MissingError when the disk is full or may not be written.
+        UsageError when no token was read yet or ``path`` is a directory, MissingError when the disk is full or may not
+        be written.
         """
         with self._gate.held("save_state"):
+            if (target := Path(path)).is_dir():
+                raise UsageError(f"{path} is a directory", hint=f"name a file, such as {target / 'talk.state'}")
             note = {"conversation": self._conversation.to_yaml(), "left_out": len(self._left_out)}
-            self._engine.save_session(Path(path), note)
+            self._engine.save_session(target, note)
 
     def load_state(self, path: str | Path) -> int:
         """Go on where ``save_state`` was called, in another process too; how many tokens the cache then holds.

@@ -211,7 +211,7 @@ def _tuned(model: Model, settings: Settings, prepared: Prepared, planned: Planne
     return _where_it_fits(found, settings, planned)
 
 
-def check_adapters(path: Path, request: Request) -> None:
+def check_adapters(path: Path, request: Request, *, warns: bool = True) -> None:
     """Hold each ``--lora`` against the model at ``path``, before gigabytes are loaded; warns of one without effect."""
     from runtime.engine.adapters import check_adapter, parse_adapter
     from toolchain.base import console
@@ -220,7 +220,7 @@ def check_adapters(path: Path, request: Request) -> None:
     base = [read_header(shard) for shard in read_header(path).shard_paths] if request.lora else []
     for typed in request.lora:
         adapter = check_adapter(parse_adapter(typed)[0], base)
-        if adapter.effect:
+        if adapter.effect and warns:
             console.warn(f"the adapter {adapter.path.name} {adapter.effect}")
 
 

@@ -20,7 +20,9 @@ from toolchain.hub.ggufs import RepoListing
 
 _RECIPE: Final = re.compile(r"(?P<path>.+\.ya?ml)(?::(?P<type>[^:]*))?$")
 _NAME: Final = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(?::(?P<type>[^:/]*))?$")
+_ADDRESS: Final = re.compile(r"https?://[^/]+/(?P<repo>[\w.-]+/[\w.-]+)")
 _LISTED: Final = 12
+_WHAT_TO_NAME: Final = "name a .gguf file, a recipe or a hub repository (owner/repo)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ def locate(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None =
     both over a repository. Raises UsageError with a next step when there is no such file, and ArtifactError when
     a recipe's result is not what its manifest says.
     """
+    if not typed.strip():
+        raise UsageError("no model named", hint=_WHAT_TO_NAME)
     models = models or files.models_dir()
     path = files.expand(typed)
     if match := _RECIPE.fullmatch(typed):
@@ -79,6 +83,8 @@ def locate(typed: str, *, root: Path = files.PROJECT_ROOT, models: Path | None =
         return on_hub
     if named and (root / "recipes" / f"{named['name']}.yaml").exists():
         raise _not_quantized(named["name"], f"recipes/{named['name']}.yaml")
+    if address := _ADDRESS.match(typed):
+        raise UsageError(f"{typed} is an address", hint=f"a repository is named without its host: {address['repo']}")
     raise _no_file(path, models)
 
 
@@ -159,6 +165,7 @@ def _not_quantized(name: str, recipe: str) -> UsageError:
 def _is_directory(path: Path) -> UsageError:
     old = [p for p in path.glob("*.bin") if is_legacy_ggml(p)]
     held = sorted(p.relative_to(path) for p in (*path.glob("*.gguf"), *path.glob("*/*.gguf"), *old))
+    models = [p for p in held if not p.name.startswith("mmproj")] or held
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")) and not held:
         return UsageError(
             f"{path} is a model folder of original weights, which are quantized through a recipe first",
@@ -168,21 +175,26 @@ def _is_directory(path: Path) -> UsageError:
     return UsageError(
         f"{path} is a directory",
         evidence="\n".join(map(str, held[:_LISTED])) or "no .gguf file in it",
-        hint=f"name the file: {path / held[0]}" if held else "name a .gguf file, a recipe or owner/repo on the hub",
+        hint=f"name the file: {path / models[0]}" if models else _WHAT_TO_NAME,
     )
 
 
 def _no_file(path: Path, models: Path) -> UsageError:
+    if path.is_symlink():
+        return UsageError(f"{path} points to {path.readlink()}, which is not there", hint=_WHAT_TO_NAME)
     folder = path.parent
     beside = sorted(p.name for p in folder.glob("*.gguf")) if folder.is_dir() else []
     made = sorted(p.parent.name for p in models.glob("*/manifest.json"))
-    evidence = f"no directory {folder}" if not folder.is_dir() else f"{folder} holds: {', '.join(beside[:_LISTED])}"
+    if beside:
+        evidence = f"{folder} holds: {', '.join(beside[:_LISTED])}"
+    else:
+        evidence = f"no .gguf file in {folder}" if folder.is_dir() else f"no directory {folder}"
     if made:
         evidence += f"\nrecipes with a result: {', '.join(made[:_LISTED])}"
     return UsageError(
         f"no file {path}",
-        evidence=evidence if beside or made or not folder.is_dir() else f"no .gguf file in {folder}",
-        hint=_near_file(path.name, (*beside, *made)) or "name a .gguf file, a recipe or a hub repository (owner/repo)",
+        evidence=evidence,
+        hint=_near_file(path.name, (*beside, *made)) or _WHAT_TO_NAME,
     )
 
 

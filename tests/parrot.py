@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 
 from runtime.chat.backend import Figures, Piece, ReplyOptions
 from runtime.chat.talk import Talk
-from runtime.conversation.messages import Message, text_of
+from runtime.conversation.messages import Message, images_of, text_of
 from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import Interrupt
 from toolchain.base.errors import FetchError
@@ -27,6 +27,7 @@ class Parrot:
         self.n_ctx = n_ctx
         self.sees = sees
         self.prompts: list[str] = []
+        self.images: list[list[str]] = []
         self.options: list[ReplyOptions] = []
         self.closed = 0
 
@@ -37,6 +38,7 @@ class Parrot:
         self, messages: Sequence[Message], options: ReplyOptions, interrupt: Interrupt
     ) -> Generator[Piece, None, None]:
         self.prompts.append(self._prompt(messages))
+        self.images.append([url for message in messages for url in images_of(message)])
         self.options.append(options)
         said = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         if said.startswith("("):

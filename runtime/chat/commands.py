@@ -56,7 +56,10 @@ def run_command(talk: Talk, line: str, shell: Shell) -> Reply | None:
     Raises Quit to leave, UsageError for a command that is none, and what the command itself raises.
     """
     name, rest = _parts(line)
-    return _find(name).run(talk, rest, shell)
+    command = _find(name)
+    if rest and command.usage == command.name:
+        raise UsageError(f"{name} takes nothing behind it", hint=f"{command.name}: {command.help}")
+    return command.run(talk, rest, shell)
 
 
 def is_command(line: str) -> bool:
@@ -67,6 +70,11 @@ def is_command(line: str) -> bool:
 def unescaped(line: str) -> str:
     """The message that a line stands for: ``//`` at its beginning means a slash."""
     return line[1:] if line.startswith("//") else line
+
+
+def unquoted(name: str) -> str:
+    """The name of a file without the quotes around it, which one with spaces may have."""
+    return name[1:-1] if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'" else name
 
 
 def _parts(line: str) -> tuple[str, str]:
@@ -129,7 +137,7 @@ def _undo(talk: Talk, _rest: str, _shell: Shell) -> None:
 def _save(talk: Talk, name: str, shell: Shell, *, overwrite: bool = False) -> None:
     from runtime.chat.export import destination, save
 
-    path = destination(name, command="/save", overwrite=overwrite, confirm=shell.confirm)
+    path = destination(unquoted(name), command="/save", overwrite=overwrite, confirm=shell.confirm)
     save(talk.conversation.messages, path)
     console.say(f"saved {path}")
 
@@ -137,6 +145,7 @@ def _save(talk: Talk, name: str, shell: Shell, *, overwrite: bool = False) -> No
 def _export(talk: Talk, name: str, shell: Shell, *, overwrite: bool = False) -> None:
     from runtime.chat.export import destination, export, require_format
 
+    name = unquoted(name)
     require_format(name)
     path = destination(name, command="/export", overwrite=overwrite, confirm=shell.confirm, example="talk.html")
     export(talk.conversation.messages, path)
@@ -145,15 +154,14 @@ def _export(talk: Talk, name: str, shell: Shell, *, overwrite: bool = False) -> 
 
 def _image(talk: Talk, rest: str, _shell: Shell) -> Reply | None:
     from runtime.chat.images import image_url, named_file
+    from runtime.chat.talk import HOW_TO_SEE
 
-    if not talk.backend.sees:
-        raise UsageError(
-            f"{talk.backend.name} does not see", hint="take a model with a vision part, or send text alone"
-        )
     if rest == "-":
         talk.images.clear()
         console.say("no image goes with the next message")
         return None
+    if not talk.backend.sees:
+        raise UsageError(f"{talk.backend.name} does not see", hint=HOW_TO_SEE)
     if not rest:
         raise UsageError("no file named", hint="/image photo.png What is this?")
     path, text = named_file(rest)
@@ -182,7 +190,7 @@ def _model(talk: Talk, rest: str, shell: Shell) -> None:
 def _lora(talk: Talk, rest: str, shell: Shell) -> None:
     from runtime.chat.exchange import adapters
 
-    shell.show(adapters(talk, rest))
+    shell.show(adapters(talk, unquoted(rest)))
 
 
 def _plan(talk: Talk, _rest: str, shell: Shell) -> None:
@@ -191,11 +199,9 @@ def _plan(talk: Talk, _rest: str, shell: Shell) -> None:
     shell.show(plan(talk))
 
 
-def _session(talk: Talk, rest: str, shell: Shell) -> None:
+def _session(talk: Talk, _rest: str, shell: Shell) -> None:
     if talk.session is None:
         raise UsageError("this talk is in no session", hint="/save keeps it, or start with --session NAME")
-    if rest and rest != "save":
-        raise UsageError(f"/session {rest}", hint="/session tells of it and keeps it now")
     talk.session.keep(talk)
     shell.show(talk.session.described(talk))
 

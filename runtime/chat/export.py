@@ -41,6 +41,8 @@ def destination(
     path = files.expand(typed)
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint=f"{command} {path / example}")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+        raise UsageError(f"{path} is no regular file", hint=f"{command} {example}")
     if not path.parent.is_dir():
         raise UsageError(f"no directory {path.parent}", hint=f"{command} {example} writes into the current one")
     if path.exists() and not overwrite and not confirm(f"{path} exists; write over it?"):

@@ -7,9 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from runtime.engine.images import decode_image
+from runtime.engine.images import decode_image, read_image
 from toolchain.base import files
-from toolchain.base.console import format_bytes
 from toolchain.base.errors import MissingError, UsageError
 
 MOST_BYTES: Final = 20 * 2**20
@@ -27,16 +26,7 @@ _BEGINNINGS: Final = (
 
 def image_url(path: Path) -> str:
     """The image at ``path`` as a ``data:`` URL; UsageError for what is too large or no image that models take."""
-    try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise UsageError(
-                f"{path.name} has {format_bytes(size)}",
-                hint=f"{format_bytes(MOST_BYTES)} is the most: make the image smaller",
-            )
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read", evidence=str(error), hint="/image photo.png [text]") from error
+    raw = read_image(path, most_bytes=MOST_BYTES)
     kind = next((kind for beginning, kind in _BEGINNINGS if raw.startswith(beginning)), None)
     if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
         kind = "image/webp"

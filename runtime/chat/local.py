@@ -50,7 +50,6 @@ class LocalBackend:
         self._engine: Engine | None = engine
         self.template: ChatTemplate = chat_template(prepared.header)
         self._loaded: dict[Path, Adapter] = {each.file.path: each for each, _ in engine.context.adapters}
-        self._told_of_images = False
         if self.template.source is None:
             console.warn(
                 f"{self.name} has no chat template: using plain `User:` and `Assistant:` lines; "
@@ -163,9 +162,6 @@ class LocalBackend:
             from runtime.engine.images import image_bytes
 
             marker, images = self.engine.image_marker, [image_bytes(url) for url in urls]
-        elif urls and not self._told_of_images:
-            self._told_of_images = True
-            console.warn(f"{self.name} does not see: the conversation's images are left out")
         return self.template.render([_as_text(message, marker) for message in messages]), images
 
 

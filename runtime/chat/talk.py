@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runtime.chat.backend import Backend, ContextFullError, Figures, Piece, ReplyOptions
 from runtime.conversation.fit import fit
-from runtime.conversation.messages import Message, images_of, text_of
+from runtime.conversation.messages import Message, images_of, text_of, turns_of
 from runtime.conversation.tracker import Conversation
 from runtime.interrupts import Interrupt, interrupts_noted
 from toolchain.base import console
@@ -17,6 +17,8 @@ from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime.chat.saved import SavedTalk
+
+HOW_TO_SEE: Final = "a model here sees with its vision part (--mmproj FILE)"
 
 _SEEDS: Final = 2**32 - 1  # as SamplingOptions has it
 
@@ -40,6 +42,7 @@ class Talk:
         self._left_out = 0
         self._tries = 0
         self._used: int | None = None
+        self._told_of_images = False
 
     def ask(self, text: str, images: Sequence[str] = ()) -> Generator[Piece, None, None]:
         """The reply to ``text`` as it comes, the last piece with its figures; the turn is kept.
@@ -103,13 +106,15 @@ class Talk:
         """After the backend was changed: what fits and how much is used is counted anew."""
         self._used = None
         self._left_out = 0
+        self._told_of_images = False
 
     def _turn(self, content: Any, *, instead: int = 0) -> Generator[Piece, None, None]:
         """A turn with ``content`` as the user's message, in place of the last ``instead`` messages."""
         if images_of({"content": content}) and not self.backend.sees:
+            without = "/undo takes the message back" if instead else "`/image -` takes the image away"
             raise UsageError(
                 f"{self.backend.name} does not see, and the message holds an image",
-                hint="send it without the image (`/image -` takes it away), or take a model with a vision part",
+                hint=f"{without}; {HOW_TO_SEE}",
             )
         left_out, self.figures = self._left_out, None
         said: list[str] = []
@@ -179,7 +184,7 @@ class Talk:
         if n_ctx is None:
             return self._sent()
         fitted = fit(
-            self.conversation.messages,
+            self._visible(),
             count=lambda some: self.backend.count(some) or 0,  # what nobody counts is sent as it is
             n_ctx=n_ctx,
             reserve=min(self.options.max_tokens or n_ctx, n_ctx // 4),
@@ -204,10 +209,21 @@ class Talk:
 
     def _sent(self) -> list[Message]:
         """The conversation without the turns that are left out."""
-        turns = self.conversation.turns()
+        messages = self._visible()
+        turns = turns_of(messages)
         left_out = max(0, min(self._left_out, len(turns) - 1))
-        system = [message for message in self.conversation.messages[:1] if message["role"] == "system"]
+        system = [message for message in messages[:1] if message["role"] == "system"]
         return [*system, *(message for turn in turns[left_out:] for message in turn)]
+
+    def _visible(self) -> Sequence[Message]:
+        """The conversation, without its images for a model that does not see; told once."""
+        messages = self.conversation.messages
+        if self.backend.sees or not any(map(images_of, messages)):
+            return messages
+        if not self._told_of_images:
+            self._told_of_images = True
+            console.warn(f"{self.backend.name} does not see: the conversation's images are left out")
+        return [{**each, "content": text_of(each)} if images_of(each) else each for each in messages]
 
     def _last_turn(self, otherwise: str) -> list[Message]:
         turns = self.conversation.turns()

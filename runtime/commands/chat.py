@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -107,18 +106,11 @@ def _session(arguments: argparse.Namespace) -> Any:
 
 def _backend(arguments: argparse.Namespace) -> Backend:
     if arguments.endpoint is not None:
-        from runtime.chat.endpoint import connect
+        from runtime.chat.endpoint import connect, key_for
 
-        return connect(arguments.endpoint, model=arguments.endpoint_model, api_key=_api_key(arguments.endpoint))
+        return connect(arguments.endpoint, model=arguments.endpoint_model, api_key=key_for(arguments.endpoint))
     from runtime.chat.local import load_local
     from runtime.interrupts import interrupts_noted
 
     with interrupts_noted() as interrupt:
         return load_local(request_of(arguments), interrupt)
-
-
-def _api_key(endpoint: str) -> str | None:
-    """OpenAI's key goes to OpenAI alone, whatever else is named."""
-    if key := os.environ.get("FOUNDRY_API_KEY"):
-        return key
-    return os.environ.get("OPENAI_API_KEY") if endpoint.startswith("https://api.openai.com/") else None

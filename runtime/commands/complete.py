@@ -198,13 +198,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _image(given: str) -> bytes:
     """The image file, whose content is looked at before a model is loaded."""
-    from runtime.engine.images import decode_image
+    from runtime.engine.images import decode_image, read_image
     from toolchain.base import files
 
-    try:
-        raw = files.expand(given).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{given} cannot be read", evidence=str(error), hint="check the path") from error
+    raw = read_image(files.expand(given))
     decode_image(raw)
     return raw
 

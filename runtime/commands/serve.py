@@ -38,10 +38,20 @@ def add(verbs: Any) -> None:
     door.add_argument("--port", type=_port, default=DEFAULT_PORT, metavar="N", help="default 8080; 0 takes a free one")
     door.add_argument("--api-key-file", metavar="FILE", help="keys, one a line (or one in FOUNDRY_API_KEY)")
     door.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME[:PORT]", help="another Host that is ours"
+        "--allowed-host",
+        type=_authority,
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="another Host that is ours",
     )
     door.add_argument(
-        "--allowed-origin", action="append", default=[], metavar="URL", help="a web page's origin that may ask"
+        "--allowed-origin",
+        type=_origin,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a web page's origin that may ask",
     )
     door.add_argument("--ui", action="store_true", help="llama-server's web page, where the build has it")
     door.add_argument("--allow-admin", action="store_true", help="also what changes the server or shows others' work")
@@ -75,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     if not arguments.print_command:
         return serve(options)
-    address.require_key(options.host, address.read_keys(options.api_key_file))
+    address.require_key(options.host, address.read_keys(options.api_key_file), options.allowed_origins)
     service = prepare_service(options)
     if arguments.json:
         shown_models = [as_json(model) for model in service.models]
@@ -141,7 +151,7 @@ def _print_unit(arguments: argparse.Namespace) -> int:
             f"the key in {address.KEY_VARIABLE} does not go into a unit, which all may read",
             hint="write it to a file: --api-key-file FILE",
         )
-    address.require_key(arguments.host, address.read_keys(key_file))
+    address.require_key(arguments.host, address.read_keys(key_file), frozenset(arguments.allowed_origin))
     for each in expand(arguments.model):
         locate(each)
     chosen = {name: value for name, value in os.environ.items() if name.startswith("FOUNDRY_") or name in _PASSED_ON}
@@ -207,6 +217,23 @@ def _anywhere(typed: str) -> str:
     return typed
 
 
+def _authority(text: str) -> str:
+    from runtime.serve.guard import host_and_port
+
+    if host_and_port(text, 0) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME or NAME:PORT")
+    return text
+
+
+def _origin(text: str) -> str:
+    from runtime.serve.guard import host_and_port
+
+    scheme, _, authority = text.partition("://")
+    if text != "*" and not (scheme and host_and_port(authority, 0)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no SCHEME://NAME[:PORT], without a path, nor *")
+    return text
+
+
 def _port(text: str) -> int:
     return _whole(text, 0, 65535)
 
@@ -220,14 +247,20 @@ def _count0(text: str) -> int:
 
 
 def _whole(text: str, least: int, most: int) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if not least <= value <= most:
         raise argparse.ArgumentTypeError(f"{value} does not lie between {least} and {most}")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and 0 <= value <= 86400):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds between 0 and 86400")
     return value

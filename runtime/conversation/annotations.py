@@ -1,4 +1,4 @@
-"""Annotations of parameters: as JSON schema, as a model reads them, and for values that have to follow them."""
+"""Annotations of parameters: as a model reads them, and for values that have to follow them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,6 @@ _WORDS: Final[Mapping[type, str]] = {
 
 class Mismatch(ValueError):
     """An argument that is not what its parameter wants."""
-
-
-def schema_of(annotation: Any) -> dict[str, Any]:
-    """The JSON schema of an annotation; empty, which is anything, for what JSON does not know."""
-    inner = get_args(annotation)
-    schema: dict[str, Any] = {}
-    match _form(annotation):
-        case "scalar":
-            schema = {"type": _SCALARS[annotation]}
-        case "none":
-            schema = {"type": "null"}
-        case "annotated":
-            notes = [note for note in inner[1:] if isinstance(note, str)]
-            schema = {**schema_of(inner[0]), **({"description": notes[0]} if notes else {})}
-        case "choice":
-            schema = _of_choices(_choices(annotation))
-        case "union":
-            schema = {"anyOf": [schema_of(option) for option in inner]}
-        case "list":
-            items = schema_of(inner[0]) if inner else {}
-            schema = {"type": "array", **({"items": items} if items else {})}
-        case "mapping":
-            values = schema_of(inner[1]) if len(inner) == 2 else {}
-            schema = {"type": "object", **({"additionalProperties": values} if values else {})}
-    return schema
 
 
 def converted(value: Any, annotation: Any) -> Any:
@@ -111,12 +86,6 @@ def _choices(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Literal:
         return [choice.value if isinstance(choice, enum.Enum) else choice for choice in get_args(annotation)]
     return [m.value if isinstance(m.value, str | int | float) else m.name for m in annotation]
-
-
-def _of_choices(choices: Sequence[Any]) -> dict[str, Any]:
-    kinds = {_SCALARS.get(type(choice)) for choice in choices}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    return {**({"type": kind} if kind else {}), "enum": list(choices)}
 
 
 def _chosen(value: Any, annotation: Any) -> Any:

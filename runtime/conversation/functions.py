@@ -7,15 +7,15 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from runtime.conversation.annotations import Mismatch, converted, shown
-from runtime.conversation.calls import MAX_NAME_CHARS, Call, CallWatch, find_call
-from runtime.conversation.signature import parameters_schema, signature_of, usage
+from runtime.conversation.calls import MAX_NAME_CHARS, Call, find_call
+from runtime.conversation.signature import signature_of, usage
 from runtime.settings import near_miss
 from toolchain.base.errors import UsageError
 
-__all__ = ["Call", "CallWatch", "Functions", "Result"]
+__all__ = ["Call", "Functions", "Result"]
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., object])
 
@@ -46,15 +46,8 @@ class Functions:
     def __init__(self) -> None:
         self._known: dict[str, _Function] = {}
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def __contains__(self, name: object) -> bool:
         return name in self._known
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._known)
 
     def register(self, function: AnyFunction, name: str | None = None, description: str | None = None) -> AnyFunction:
         """Let a model call ``function``, described by its signature and docstring; the latest of a name counts.
@@ -79,10 +72,6 @@ class Functions:
         self._known[known] = _Function(run=function, signature=signature, description=inspect.cleandoc(told))
         return function
 
-    def unregister(self, name: str) -> None:
-        """Forget a function, if there is one of that name."""
-        self._known.pop(name, None)
-
     def describe(self) -> str:
         """The functions and how to call them, for a system message; empty without functions."""
         if not self._known:
@@ -93,20 +82,6 @@ class Functions:
             blocks.append("\n    ".join(lines).replace("\n    \n", "\n\n"))
         return "\n\n".join(blocks)
 
-    def schemas(self) -> list[dict[str, Any]]:
-        """The functions as ``tools`` of OpenAI's chat API."""
-        return [
-            {
-                "type": "function",
-                "function": {
-                    "name": name,
-                    "description": function.description,
-                    "parameters": parameters_schema(function.signature, function.description),
-                },
-            }
-            for name, function in self._known.items()
-        ]
-
     def find(self, text: str) -> Call | None:
         """The first complete call of a registered function in ``text``: its name and literal arguments.
 
@@ -115,18 +90,6 @@ class Functions:
         whole of it. Takes time in proportion to the text; a call has at most 65,536 characters.
         """
         return find_call(text, self._known).call
-
-    def incomplete(self, text: str) -> bool:
-        """Whether the end of ``text`` may be the beginning of a call, so that a stream had better hold it back."""
-        return self.begins_at(text) is not None
-
-    def begins_at(self, text: str) -> int | None:
-        """The place from which the end of ``text`` may be the beginning of a call; None when it cannot be one."""
-        return find_call(text, self._known).begins_at
-
-    def watch(self) -> CallWatch:
-        """Follows a text that streams, and says what of it is certainly no call; cheaper than ``find`` each time."""
-        return CallWatch(self._known)
 
     def call(self, call: Call) -> Result:
         """Call the function and tell what came of it; nothing that it raises gets out but KeyboardInterrupt.

@@ -20,10 +20,6 @@ class Symbols:
     def __init__(self) -> None:
         self._known: dict[str, object] = {}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._known)
-
     def register(self, name: str, value_or_function: object) -> None:
         """Let ``[[name]]`` stand for a value, or for the result of a function; the latest registration counts.
 
@@ -32,10 +28,6 @@ class Symbols:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(f"{name!r} cannot name a symbol", hint="names are letters, digits and _, such as USER")
         self._known[name] = value_or_function
-
-    def unregister(self, name: str) -> None:
-        """Forget a symbol, if there is one of that name."""
-        self._known.pop(name, None)
 
     def expand(self, text: str) -> str:
         """``text`` with its symbols replaced, once: what a value holds is text.

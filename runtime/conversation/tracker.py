@@ -103,14 +103,14 @@ class Conversation:
         """Read what ``to_yaml`` wrote, or a person; the error names the line."""
         return cls(document.read(text))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the conversation to ``path`` in one atomic step. MissingError when the disk does not take it."""
-        document.save(path, self.to_yaml())
+        document.save(Path(path), self.to_yaml())
 
     @classmethod
-    def load(cls, path: Path) -> Conversation:
+    def load(cls, path: str | Path) -> Conversation:
         """Read a saved conversation; the error names the file and the line."""
-        return cls(document.load(path))
+        return cls(document.load(Path(path)))
 
     def _has_system(self) -> bool:
         return bool(self._messages) and self._messages[0]["role"] == "system"

@@ -7,6 +7,7 @@ import binascii
 import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from toolchain.base.errors import MissingError, UsageError
@@ -37,6 +38,22 @@ class Picture:
         size = (max(1, int(self.width * factor)), max(1, int(self.height * factor)))
         small = Image.frombytes("RGB", (self.width, self.height), self.rgb).resize(size, Image.Resampling.BOX)
         return Picture(width=size[0], height=size[1], rgb=small.tobytes())
+
+
+def read_image(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
+    """The file at ``path``, which may be a pipe; UsageError where it cannot be read or has more than ``most_bytes``."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(most_bytes + 1)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read", evidence=str(error), hint="check the path, and quote a name with spaces"
+        ) from error
+    if len(raw) > most_bytes:
+        raise UsageError(
+            f"{path.name} has more than {most_bytes >> 20} MiB, the most that an image may have", hint="make it smaller"
+        )
+    return raw
 
 
 def image_bytes(url: str) -> bytes:

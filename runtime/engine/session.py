@@ -156,7 +156,7 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
             if not size:
                 raise _no_session(path)
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read", evidence=str(error), hint="check the path") from error
     with data:
         yield data

@@ -70,6 +70,15 @@ def requested(asked: Asked) -> tuple[Request, GgufHeader]:
     return request, header
 
 
+def hold(request: Request, header: GgufHeader) -> None:
+    """Raise what loading would raise for a wrong value or adapter, before anything is given up for it."""
+    from runtime.prepare import check_adapters, settle_with
+    from toolchain.base import machine
+
+    settle_with(request, header, machine.probe(), recipe=resolve(request.model).runtime)
+    check_adapters(header.path, request, warns=False)
+
+
 def spelled_lora(lora: Lora) -> str:
     """``FILE`` or ``FILE=SCALE``, as a Request has it."""
     if isinstance(lora, tuple):
@@ -139,7 +148,7 @@ def _tuning_is_off() -> bool:
     return os.environ.get("FOUNDRY_NO_TUNE", "").strip().lower() not in ("", "0", "false", "no")
 
 
-def as_loras(given: Lora | Sequence[Lora]) -> tuple[Lora, ...]:
+def as_loras(given: Lora | Sequence[Lora] | None) -> tuple[Lora, ...]:
     """One adapter or several, as a tuple of them; a pair of a file and a number is one."""
     match given:
         case str() | Path():
@@ -147,9 +156,12 @@ def as_loras(given: Lora | Sequence[Lora]) -> tuple[Lora, ...]:
         case (str() | Path() as path, int() | float() as scale):
             return ((path, float(scale)),)
         case _:
-            return tuple(given)
+            return tuple(given or ())
 
 
-def spelled_split(shares: str | Sequence[float] | None) -> str | None:
-    """Shares of the GPUs as a setting spells them."""
-    return shares if shares is None or isinstance(shares, str) else ",".join(map(str, shares))
+def as_settings(given: Mapping[str, Value | Sequence[float] | None]) -> dict[str, Value | None]:
+    """What was given as settings are spelled: shares of the GPUs in a row."""
+    return {
+        name: value if value is None or isinstance(value, int | float | str) else ",".join(map(str, value))
+        for name, value in given.items()
+    }

@@ -37,7 +37,8 @@ class FinishMeta:
     - ``completion_tokens``: tokens of the reply.
     - ``prompt_ms``, ``generation_ms``: milliseconds for each of the two; ``first_token_ms``: until the first token.
     - ``tokens_per_second``, ``prompt_tokens_per_second``: of what was decoded in those times; 0 where nothing was.
-    - ``seed``: the one it was drawn with; the same prompt and seed give the same reply.
+    - ``seed``: the one it was drawn with; the same prompt and seed give the same reply, but for rounding, which depends
+      on what the cache held before.
     - ``dropped_turns``: the oldest turns that had no room in the prompt (they stay in the conversation).
     - ``function_calls``: tuple of ``FunctionCall``, in their order.
     - ``logprobs``: tuple of ``(token, piece, logprob, top)``, one for each token, when ``logprobs`` were asked for;

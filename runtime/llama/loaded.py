@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from runtime.llama.tracked import Tracked
-from runtime.settings import Value, near_miss
+from runtime.settings import near_miss
 from toolchain.base import console
 from toolchain.base.errors import UsageError
 
@@ -81,10 +81,10 @@ class Loaded(Tracked):
         damaged file, MissingError without a build of llama.cpp (``./inv build``), MemoryFitError when it does not fit,
         with what would; KeyboardInterrupt on Ctrl-C.
         """
-        from runtime.llama.asked import Asked, as_loras, requested, spelled_split
+        from runtime.llama.asked import Asked, as_loras, as_settings, requested
 
         super().__init__(system_message)
-        settings: dict[str, Value | None] = {
+        settings = {
             "n_threads": n_threads,
             "n_threads_batch": n_threads_batch,
             "n_gpu_layers": n_gpu_layers,
@@ -93,13 +93,13 @@ class Loaded(Tracked):
             "type_k": type_k,
             "type_v": type_v,
             "n_cpu_moe": n_cpu_moe,
-            "tensor_split": spelled_split(tensor_split),
+            "tensor_split": tensor_split,
         }
         self._asked = Asked(
             model_path=model_path,
             n_ctx=n_ctx,
-            settings=settings,
-            quantize_format=quantize_format,
+            settings=as_settings(settings),
+            quantize_format=quantize_format or "auto",
             is_70b=is_70b,
             lora=as_loras(lora),
             tune=tune,
@@ -135,15 +135,16 @@ class Loaded(Tracked):
         n_ctx: int | None = None,
         lora: Lora | Sequence[Lora] | None = None,
         verbose: int | None = None,
-        **settings: int | str | None,
+        **settings: int | str | Sequence[float] | None,
     ) -> None:
         """Load the model again, or another one, as the constructor would; what is not named stays as it was asked for.
 
         ``settings`` are those of the constructor by the same names (``n_threads=4``). The conversation, symbols and
-        functions stay; the cache is empty. The old model is freed before memory is planned for: when there is too
-        little, none is loaded, and ``reload()`` may be tried again. Errors are the constructor's.
+        functions stay; the cache is empty. A wrong path, value or adapter leaves the old model as it is. It is freed
+        before memory is planned for: when there is too little, none is loaded, and ``reload()`` brings the old one
+        back. Errors are the constructor's.
         """
-        from runtime.llama.asked import as_loras, requested
+        from runtime.llama.asked import as_loras, as_settings, hold, requested
 
         asked = self._asked
         for name in settings:
@@ -154,16 +155,18 @@ class Loaded(Tracked):
                 asked,
                 model_path=asked.model_path if model_path is None else model_path,
                 n_ctx=asked.n_ctx if n_ctx is None else n_ctx,
-                settings={**asked.settings, **settings},
+                settings={**asked.settings, **as_settings(settings)},
                 lora=asked.lora if lora is None else as_loras(lora),
-                verbose=asked.verbose if verbose is None else verbose,
+                verbose=self.verbose if verbose is None else verbose,
                 quantize_format=asked.quantize_format if model_path is None else "auto",
                 is_70b=asked.is_70b and model_path is None,
             )
             found = requested(wanted)
-            self._asked, self.verbose = wanted, wanted.verbose
+            hold(*found)
+            self.verbose = wanted.verbose
             self._free()
             self._load(*found)
+            self._asked = wanted
 
     def cancel(self) -> None:
         """End the reply that is running, within a token; from another thread, a signal handler or a callback.
@@ -176,8 +179,8 @@ class Loaded(Tracked):
     def set_adapters(self, *lora: Lora) -> None:
         """Let exactly these LoRA adapters work from now on, each a file, ``"FILE=SCALE"`` or ``(file, scale)``.
 
-        None turns all off. The model is not loaded again; the cache is emptied when anything changes. Raises
-        UsageError and ArtifactError for a file that is no adapter of this model.
+        None turns all off. The model is not loaded again; the cache is emptied when anything changes. A later
+        ``reload()`` keeps them. Raises UsageError and ArtifactError for a file that is no adapter of this model.
         """
         from runtime.engine.adapters import parse_adapter
         from runtime.llama.asked import spelled_lora
@@ -192,6 +195,7 @@ class Loaded(Tracked):
                     known = self._adapters[path.resolve()] = engine.load_adapter(path)
                 chosen.append((known, scale))
             engine.set_adapters(chosen)
+            self._asked = replace(self._asked, lora=lora)
 
     @property
     def n_ctx(self) -> int:
@@ -234,10 +238,11 @@ class Loaded(Tracked):
         from runtime.prepare import load_engine, prepare
         from runtime.template import chat_template
 
-        self._prepared: Prepared = prepare(request)
-        self._template: ChatTemplate = chat_template(header)
-        with _bar(self._prepared.planned.headers, self.verbose) as progress, interrupts_noted() as interrupt:
-            engine = load_engine(self._prepared, request, interrupt, progress=progress)
+        prepared, template = prepare(request), chat_template(header)
+        with _bar(prepared.planned.headers, self.verbose) as progress, interrupts_noted() as interrupt:
+            engine = load_engine(prepared, request, interrupt, progress=progress)
+        self._prepared: Prepared = prepared
+        self._template: ChatTemplate = template
         self._engine_now, self._left_out = engine, []
         self._closing = weakref.finalize(self, engine.close)  # for one that is dropped and was never closed
         self._closing.atexit = False

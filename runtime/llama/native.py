@@ -98,6 +98,8 @@ class Native(Tokens):
         tokens = model.tokenize(prompt)
 
         def body() -> Generator[str, None, None]:
+            if self._engine.model is not model:
+                raise UsageError("the model was loaded anew since this generator was made", hint="make another one")
             told = Told()
             with self._telling(told, drawn):
                 yield from self._streamed(tokens, drawn, told, adjust=adjust)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Final, TypedDict, get_type_hints
 
 from runtime.settings import near_miss
 from toolchain.base.errors import UsageError
@@ -74,6 +75,9 @@ class ReplyArguments(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+_TYPES: Final = get_type_hints(ReplyArguments)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """How one reply is drawn; ``sampling`` holds the seed and the grammar."""
@@ -100,23 +104,15 @@ def parse_arguments(given: Mapping[str, Any], *, seed: int | None) -> Drawn:
         raise UsageError("temp and temperature are the same", hint="give one of them")
     samplers = {each.name for each in fields(SamplingOptions)} - {"seed", "grammar"}
     chosen = {_ALIASES.get(name, name): value for name, value in given.items()}
-    sampling = {name: chosen[name] for name in samplers & chosen.keys()}
-    wanted = chosen.get("seed")
-    for each in (wanted, seed):
-        if each not in (None, _ANY):
-            sampling["seed"] = each
-            break
-    else:
+    sampling = {name: _sampler(name, chosen[name]) for name in samplers & chosen.keys()}
+    seeds = (_count(each, "seed", least=0) for each in (chosen.get("seed"), seed))
+    sampling["seed"] = next((each for each in seeds if each is not None), None)
+    if sampling["seed"] is None:
         sampling["seed"] = random_seed()
-    try:
-        options = SamplingOptions(**sampling, grammar=_grammar(chosen))
-    except TypeError as error:  # a text where a number belongs
-        raise UsageError("a sampling option has a value of the wrong type", evidence=str(error)) from error
-    stop = chosen.get("stop") or ()
     return Drawn(
-        sampling=options,
+        sampling=SamplingOptions(**sampling, grammar=_grammar(chosen)),
         max_tokens=_count(chosen.get("max_tokens"), "max_tokens", least=1),
-        stops=(stop,) if isinstance(stop, str) else tuple(stop),
+        stops=_texts(chosen.get("stop") or (), "stop"),
         lookup=bool(chosen.get("lookup", False)),
         logprobs=_count(chosen.get("logprobs"), "logprobs", least=0),
     )
@@ -125,17 +121,53 @@ def parse_arguments(given: Mapping[str, Any], *, seed: int | None) -> Drawn:
 def _grammar(chosen: Mapping[str, Any]) -> str:
     schema, grammar = chosen.get("json_schema"), chosen.get("grammar")
     if schema is None:
-        return grammar or ""
+        if isinstance(grammar, str | None):
+            return grammar or ""
+        raise _wrong("grammar", grammar, "a text, in GBNF")
     if grammar:
         raise UsageError("grammar and json_schema both say what the reply is", hint="give one of them")
     from runtime.engine.json_schema import json_schema_to_gbnf
 
-    return json_schema_to_gbnf(schema if isinstance(schema, str) else json.dumps(schema))
+    try:
+        return json_schema_to_gbnf(schema if isinstance(schema, str) else json.dumps(schema))
+    except TypeError as error:
+        raise UsageError("the JSON schema is no JSON", evidence=str(error)) from error
+
+
+def _sampler(name: str, value: Any) -> Any:
+    """A sampler's option as its type has it; numbers of numpy are numbers."""
+    match name:
+        case "dry_sequence_breakers":
+            return _texts(value, name)
+        case "logit_bias":
+            if not isinstance(value, Mapping):
+                raise _wrong(name, value, "a dict of token ids to numbers")
+            return {_number(name, token, int): _number(name, bias, float) for token, bias in value.items()}
+    return _number(name, value, _TYPES[name])
+
+
+def _number(name: str, value: Any, wanted: type) -> Any:
+    if wanted is int and isinstance(value, Integral):
+        return int(value)
+    if wanted is float and isinstance(value, Real):
+        return float(value)
+    raise _wrong(name, value, "a whole number" if wanted is int else "a number")
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
+        raise _wrong(name, value, "a text, or a list of texts")
+    return tuple(found)
 
 
 def _count(value: object, name: str, *, least: int) -> int | None:
     if value in (None, _ANY):
         return None
-    if isinstance(value, int) and value >= least:
-        return value
-    raise UsageError(f"{name} cannot be {value!r}", hint=f"a whole number from {least}, or None")
+    if isinstance(value, Integral) and int(value) >= least:
+        return int(value)
+    raise _wrong(name, value, f"a whole number from {least}, or None")
+
+
+def _wrong(name: str, value: object, wanted: str) -> UsageError:
+    return UsageError(f"{name} cannot be {value!r}", hint=wanted)

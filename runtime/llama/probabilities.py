@@ -28,8 +28,8 @@ def adjustment(
     None when there is nothing to do. Raises UsageError for a token that the model does not have, a text that is
     several tokens, a delta that is no number or +inf, probabilities out of range or of a sum above 1.
     """
-    deltas = {token_of(model, key, "token_prob_delta"): float(value) for key, value in (delta or {}).items()}
-    shares = {token_of(model, key, "token_prob_abs"): float(value) for key, value in (absolute or {}).items()}
+    deltas = _by_token(model, delta or {}, "token_prob_delta")
+    shares = _by_token(model, absolute or {}, "token_prob_abs")
     for token, value in deltas.items():
         if math.isnan(value) or value == math.inf:
             raise UsageError(f"token_prob_delta of token {token} cannot be {value}", hint="a number; -inf bans it")
@@ -44,14 +44,24 @@ def adjustment(
         return None
     ban = np.array(banned, np.intp)
     at, more = np.array([*deltas], np.intp), np.array([*deltas.values()], np.float32)
+    bans = bool(banned) or -math.inf in deltas.values()
 
     def adjust(logits: NDArray[np.float32]) -> None:
         logits[ban] = -np.inf
         logits[at] += more
         if shares:
             set_probabilities(logits, shares)
+        if bans and logits.max() == -np.inf:
+            raise UsageError("no token is left to go on with", hint="ban fewer tokens by token_prob_delta")
 
     return adjust
+
+
+def _by_token(model: Model, given: Mapping[int | str, float], where: str) -> dict[int, float]:
+    try:
+        return {token_of(model, key, where): float(value) for key, value in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{where} is no mapping of tokens to numbers", evidence=str(error)) from error
 
 
 def set_probabilities(logits: NDArray[np.float32], shares: Mapping[int, float]) -> None:

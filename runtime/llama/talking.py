@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, Unpack
 
+from runtime.conversation.calls import find_call
 from runtime.conversation.fit import Fitted, fit
 from runtime.conversation.functions import Call, Result
 from runtime.conversation.messages import Message, images_of, text_of, turns_of
@@ -94,9 +95,11 @@ class Talking(Native):
         It ends where the assistant's reply begins. Errors as of ``create_generator``.
         """
         with self._gate.held("build_prompt"):
-            conversation = Conversation(self._asked_of(prompt).messages)
-            _add_asked(conversation, self._expanded(prompt))
-            return self._rendered(self._fitted(conversation.messages, max_tokens, tells=functions)[0].messages)
+            asked_of = self._asked_of(prompt)
+            conversation, left_out = Conversation(asked_of.messages), self._left_out_of(asked_of)
+            self._add_asked(conversation, prompt)
+            fitted, _ = self._fitted(conversation.messages, left_out, max_tokens, tells=functions)
+            return self._rendered(fitted.messages)
 
     def _answered(
         self,
@@ -110,13 +113,14 @@ class Talking(Native):
     ) -> Generator[str, None, None]:
         """The reply in rounds, each but the last ending in a call; its messages are kept, or none of them."""
         conversation = self._asked_of(prompt)
+        left_out = self._left_out_of(conversation)
         try:
             with conversation.transaction():
-                _add_asked(conversation, self._expanded(prompt))
+                self._add_asked(conversation, prompt)
                 while True:
                     said = _Said(finds=len(told.calls) < calls)
                     try:
-                        fitted, tokens = self._fitted(conversation.messages, drawn.max_tokens, tells=tells)
+                        fitted, tokens = self._fitted(conversation.messages, left_out, drawn.max_tokens, tells=tells)
                     except UsageError:
                         if not told.calls:
                             raise
@@ -133,7 +137,7 @@ class Talking(Native):
                         conversation.add("assistant", said.text.rstrip())
                     elif not told.calls:
                         raise _NothingCameError
-                    if said.call is None or said.left:
+                    if said.call is None or said.left or told.interrupt.raised:
                         break
                     result = self._functions.call(said.call)
                     conversation.add("tool", result.text, name=said.call.name)
@@ -156,9 +160,10 @@ class Talking(Native):
             for each in stream:
                 piece = each if said.raw else each.lstrip()
                 said.raw += piece
-                if said.finds and ")" in piece and (call := self._functions.find(said.raw)):
-                    piece = piece[: len(piece) - (len(said.raw) - call.end)]
-                    said.call = call
+                if said.finds and ")" in piece:
+                    said.call, said.settled = find_call(said.raw, self._functions, settled=said.settled)
+                    if said.call:
+                        piece = piece[: said.call.end - len(said.raw) or None]
                 for part in splitter.feed(piece) if splitter else [piece] if piece else []:
                     said.text += part
                     yield part
@@ -172,22 +177,26 @@ class Talking(Native):
         """The conversation that goes on: the tracked one, or an empty one for messages that stand by themselves."""
         return self._conversation if prompt is None or isinstance(prompt, str) else Conversation()
 
-    def _expanded(self, prompt: str | Sequence[Message] | None) -> list[Message]:
-        """The messages that ``prompt`` adds, symbols of the user's expanded."""
+    def _left_out_of(self, conversation: Conversation) -> list[list[Message]]:
+        """The turns that the last prompt of ``conversation`` left out; none of one that stands by itself."""
+        return self._left_out if conversation is self._conversation else []
+
+    def _add_asked(self, conversation: Conversation, prompt: str | Sequence[Message] | None) -> None:
+        """Add the messages of ``prompt``, symbols in the user's replaced; UsageError when none is there to answer."""
         given: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or ()
         if not isinstance(given, Sequence):
             raise UsageError(f"{prompt!r} is neither a text nor a list of messages")
-        return [
-            {**each, "content": self._symbols.expand(text_of(each))}
-            if each.get("role") == "user" and isinstance(each.get("content"), str)
-            else each
-            for each in given
-        ]
+        self._add(conversation, given)
+        if not conversation.messages or conversation.messages[-1]["role"] not in ("user", "tool"):
+            raise UsageError("there is no message to answer", hint="give a prompt, or add_message('user', ...)")
 
     def _fitted(
-        self, messages: Sequence[Message], max_tokens: int | None, *, tells: bool
+        self, messages: Sequence[Message], left_out: list[list[Message]], max_tokens: int | None, *, tells: bool
     ) -> tuple[Fitted, Sequence[int]]:
-        """What of ``messages`` goes into the prompt, and its tokens."""
+        """What of ``messages`` goes into the prompt, and its tokens.
+
+        Turns that the last prompt left out stay out where ``messages`` begin with them: the cache has what follows.
+        """
         engine, known = self._engine, dict[int, list[int]]()
 
         def count(kept: Sequence[Message]) -> int:
@@ -200,14 +209,9 @@ class Talking(Native):
             count=count,
             n_ctx=n_ctx,
             reserve=min(max_tokens or n_ctx, n_ctx // _RESERVE_SHARE),
-            dropped=self._still_left_out(messages),
+            dropped=len(left_out) if turns_of(messages)[: len(left_out)] == left_out else 0,
         )
         return fitted, known[len(fitted.messages)]
-
-    def _still_left_out(self, messages: Sequence[Message]) -> int:
-        """How many turns the last prompt left out, if ``messages`` begin with them: the cache has what follows."""
-        count = len(self._left_out)
-        return count if turns_of(messages)[:count] == self._left_out else 0
 
     def _with_system(self, messages: Sequence[Message], *, tells: bool) -> list[Message]:
         """``messages`` with the symbols of the system message expanded, and functions told of behind it."""
@@ -229,15 +233,19 @@ class Talking(Native):
                 return self._template.render(texts)
             except ArtifactError:
                 pass  # it wants them in a form of its own
-        return self._template.render([_as_user(message) for message in texts] if results else texts)
+        return self._template.render(_as_users_words(texts) if results else texts)
 
 
 @dataclass(kw_only=True)
 class _Said:
-    """One round: ``raw`` came from the model, ``text`` was handed out; ``call`` ended it, ``left`` the consumer."""
+    """One round: ``raw`` came from the model, ``text`` was handed out; ``call`` ended it, ``left`` the consumer.
+
+    Calls are looked for behind ``settled``.
+    """
 
     finds: bool
     raw: str = ""
+    settled: int = 0
     text: str = ""
     call: Call | None = None
     left: bool = False
@@ -247,17 +255,21 @@ class _NothingCameError(Exception):
     """A reply that was ended before its first word: the conversation is as it was."""
 
 
-def _add_asked(conversation: Conversation, messages: Sequence[Message]) -> None:
-    for message in Conversation(messages).messages:
-        conversation.add(**message)
-    if not conversation.messages or conversation.messages[-1]["role"] not in ("user", "tool"):
-        raise UsageError("there is no message to answer", hint="give a prompt, or add_message('user', ...)")
+def _as_users_words(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``messages`` with the results of functions told by the user, in one message with what he says beside them.
 
-
-def _as_user(message: dict[str, Any]) -> dict[str, Any]:
-    if message["role"] != "tool":
-        return message
-    return {"role": "user", "content": f"{message.get('name', 'the function')} returned: {message['content']}"}
+    Many templates refuse two messages of the user in a row.
+    """
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        said = message
+        if message["role"] == "tool":
+            text = f"{message.get('name', 'the function')} returned: {message['content']}"
+            said = {"role": "user", "content": text}
+        if told and told[-1]["role"] == said["role"] == "user":
+            said = {"role": "user", "content": f"{told.pop()['content']}\n\n{said['content']}"}
+        told.append(said)
+    return told
 
 
 def _carried_out(call: Call, result: Result) -> FunctionCall:

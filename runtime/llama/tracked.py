@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from runtime.conversation.functions import Functions
+from runtime.conversation.functions import AnyFunction, Functions
 from runtime.conversation.messages import Message, Role
 from runtime.conversation.symbols import Symbols
 from runtime.conversation.tracker import Conversation
@@ -55,7 +55,7 @@ class Tracked:
         ``system_message``. UsageError for anything else.
         """
         with self._gate.held("add_message"):
-            self._conversation.add(role, self._symbols.expand(content) if role == "user" else content)
+            self._add(self._conversation, [{"role": role, "content": content}])
 
     def pop_message(self) -> Message:
         """Take the last message away and return it; UsageError when there is none but the system message."""
@@ -79,15 +79,14 @@ class Tracked:
 
     def save_conversation(self, path: str | Path) -> None:
         """Write the conversation to ``path`` as YAML, in one atomic step. MissingError when the disk takes no more."""
-        self._conversation.save(Path(path))
+        self._conversation.save(path)
 
     def load_conversation(self, path: str | Path) -> None:
         """Go on with the conversation in the YAML file at ``path``, whichever model it was with.
 
         Raises UsageError, with file and line, for what is none; the conversation then stays as it was.
         """
-        found = Conversation.load(Path(path))
-        self.adopt(found)
+        self.adopt(Conversation.load(path))
 
     def register_symbol(self, name: str, value: object) -> None:
         """Let ``[[name]]`` stand for ``value``, or, of a function, for what it returns; also ``[[name(1, "a")]]``.
@@ -99,17 +98,33 @@ class Tracked:
         self._symbols.register(name, value)
 
     def register_function(
-        self, function: Callable[..., object], name: str | None = None, description: str | None = None
-    ) -> None:
+        self, function: AnyFunction, name: str | None = None, description: str | None = None
+    ) -> AnyFunction:
         """Let the model call ``function``, under its own name and with its docstring's text unless others are given.
 
-        The system message then tells of it. A call in a reply (``name(literals)``, outside code, parsed by ``ast``,
-        never evaluated) is carried out, and its result, or the error's text, goes back to the model. Raises
-        UsageError for what is no function, or has no usable name or signature.
+        Returns ``function``, so that it decorates one. The system message then tells of it. A call in a reply
+        (``name(literals)``, outside code, parsed by ``ast``, never evaluated) is carried out, and its result, or the
+        error's text, goes back to the model. Raises UsageError for what is no function, or has no usable name or
+        signature.
         """
-        self._functions.register(function, name, description)
+        return self._functions.register(function, name, description)
 
     def register_functions(self, *functions: Callable[..., object]) -> None:
         """``register_function`` of each, by their own names and docstrings."""
         for function in functions:
             self._functions.register(function)
+
+    def _add(self, conversation: Conversation, messages: Iterable[Message]) -> None:
+        """Add ``messages``, the symbols in the user's replaced."""
+        for message in Conversation(messages).messages:
+            content = message["content"]
+            if message["role"] == "user" and content:
+                message["content"] = self._expanded(content)
+            conversation.add(**message)
+
+    def _expanded(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        if isinstance(content, str):
+            return self._symbols.expand(content)
+        return [
+            {**part, "text": self._symbols.expand(part["text"])} if part["type"] == "text" else part for part in content
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ from typing import Final
 import psutil
 
 from runtime.serve.guard import is_loopback
-from toolchain.base import console, files
+from toolchain.base import console
 from toolchain.base.errors import UsageError
 
 KEY_VARIABLE: Final = "FOUNDRY_API_KEY"
@@ -41,15 +42,20 @@ def read_keys(path: Path | None) -> frozenset[str]:
     return frozenset(keys)
 
 
-def require_key(host: str, keys: frozenset[str]) -> None:
-    """Raise UsageError for an address that others reach, without a key."""
-    if not keys and not is_loopback(host):
+def require_key(host: str, keys: frozenset[str], origins: frozenset[str] = frozenset()) -> None:
+    """Raise UsageError for an address that others reach, or a door open to every web page, without a key."""
+    if keys:
+        return
+    if not is_loopback(host):
         raise UsageError(f"other machines reach {host}, so clients need an API key", hint=MAKE_KEY)
+    if "*" in origins:
+        raise UsageError("every web page may ask (--allowed-origin *), so clients need an API key", hint=MAKE_KEY)
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int) -> list[socket.socket]:
     """Sockets on every address of ``host``, all with the port asked for, or the one that the first was given for 0.
 
+    They do not listen yet: a client that comes too early is refused by the kernel instead of kept waiting.
     Raises UsageError for an unknown host, and for a port that is taken, with who has it and the next free one.
     """
     sockets: list[socket.socket] = []
@@ -57,17 +63,28 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for family, address in _addresses(host, port):
             made = socket.socket(family, socket.SOCK_STREAM)
             sockets.append(made)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if port:  # one that the kernel chooses is nobody else's only without this
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             given = port or (sockets[0].getsockname()[1] if len(sockets) > 1 else 0)
             made.bind((address, given))
-            made.listen(128)
     except OSError as error:
         for each in sockets:
             each.close()
-        raise _cannot_listen(host, port, error) from error
+        raise cannot_listen(host, port, error) from error
     return sockets
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> UsageError:
+    """What ``error`` means to whoever chose the address."""
+    if error.errno == errno.EADDRNOTAVAIL:
+        return _no_address(host, error)
+    free = free_port(host, port)
+    hint = f"--port {free} is free; --port 0 takes any" if free else "--port 0 takes any that is free"
+    if isinstance(error, PermissionError):
+        return UsageError(f"port {port} needs privileges", evidence=str(error), hint=hint)
+    return UsageError(f"port {port} on {host} is taken", evidence=_holder(port) or str(error), hint=hint)
 
 
 def free_port(host: str, above: int) -> int | None:
@@ -93,18 +110,13 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
     try:
         found = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise UsageError(
-            f"--host {host}: no address of this machine", evidence=str(error), hint="127.0.0.1, or 0.0.0.0 for all"
-        ) from error
+        raise _no_address(host, error) from error
     return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
-    free = free_port(host, port)
-    hint = f"--port {free} is free; --port 0 takes any" if free else "--port 0 takes any that is free"
-    if isinstance(error, PermissionError):
-        return UsageError(f"port {port} needs privileges", evidence=str(error), hint=hint)
-    return UsageError(f"port {port} on {host} is taken", evidence=_holder(port) or str(error), hint=hint)
+def _no_address(host: str, error: OSError) -> UsageError:
+    hint = "127.0.0.1, or 0.0.0.0 for all"
+    return UsageError(f"--host {host}: no address of this machine", evidence=str(error), hint=hint)
 
 
 def _holder(port: int) -> str:
@@ -124,6 +136,6 @@ def _text(path: Path) -> str:
     try:
         if path.stat().st_mode & 0o044 and path.stat().st_uid == os.geteuid():
             console.warn(f"others on this machine may read {path}: `chmod 600 {path}`")
-        return files.expand(str(path)).read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {path} cannot be read", evidence=str(error), hint=MAKE_KEY) from error

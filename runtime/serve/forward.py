@@ -1,4 +1,4 @@
-"""One request to llama-server and its reply back, byte for byte, as it comes.
+"""One request to llama-server and its reply back, byte for byte, as it comes (but for what ``private`` keeps back).
 
 A connection to the child serves one request: when a client leaves, the connection is closed and llama-server stops
 generating, and no request meets a kept connection that the child just gave up. Nothing is sent twice.
@@ -19,6 +19,7 @@ from yarl import URL
 from runtime.serve import replies
 from runtime.serve.endpoints import Endpoint
 from runtime.serve.metrics import TAIL_BYTES, Metrics
+from runtime.serve.private import PRIVATE, public
 from runtime.serve.upstream import Upstream
 
 CONNECT_S = 5.0
@@ -140,6 +141,7 @@ def new_session() -> aiohttp.ClientSession:
 
 
 _LAST_WORDS_S = 1.0
+_BROKEN = "llama-server ended in the middle of this reply"
 
 
 class _Exchange:
@@ -153,11 +155,12 @@ class _Exchange:
 
     async def run(self) -> web.StreamResponse:
         upstream, asked = self._of.upstream, self._asked
+        private = asked.endpoint.label in PRIVATE and self._request.method == hdrs.METH_GET
         try:
             reply = await self._of.session.request(
                 self._request.method,
                 URL(upstream.base_url + asked.target, encoded=True),
-                headers=_to_child(self._request.headers, upstream.api_key if asked.with_key else ""),
+                headers=_to_child(self._request.headers, upstream.api_key if asked.with_key else "", plain=private),
                 data=io.BytesIO(asked.body) if self._request.method == hdrs.METH_POST else None,
                 allow_redirects=False,
             )
@@ -166,6 +169,8 @@ class _Exchange:
         try:
             if reply.status == 401 and asked.with_key:  # our key to it, not the client's to us
                 return self._of.unavailable()
+            if private and reply.status == 200:
+                return await self._pass_on_public(reply)
             return await self._pass_on(reply)
         finally:
             reply.close()
@@ -184,6 +189,15 @@ class _Exchange:
             self._request.transport.abort()
         return self._response
 
+    async def _pass_on_public(self, reply: aiohttp.ClientResponse) -> web.StreamResponse:
+        try:
+            body = public(await reply.read())
+        except (aiohttp.ClientError, OSError):
+            return await self.end_short(_BROKEN)
+        headers = _to_client(reply.headers)
+        headers.popall(hdrs.CONTENT_LENGTH, None)
+        return web.Response(body=body, headers=headers)
+
     async def _pass_on(self, reply: aiohttp.ClientResponse) -> web.StreamResponse:
         tail = b""
         if reply.content_type == "text/event-stream" and self._asked.endpoint.kind != "generates":
@@ -192,7 +206,7 @@ class _Exchange:
             try:
                 chunk = await reply.content.readany()
             except (aiohttp.ClientError, OSError):
-                return await self.end_short("llama-server ended in the middle of this reply")
+                return await self.end_short(_BROKEN)
             if not chunk:
                 break
             if self._response is None:
@@ -226,8 +240,9 @@ class _Exchange:
             raise ConnectionResetError("the client takes nothing any more") from None
 
 
-def _to_child(headers: CIMultiDictProxy[str], key: str) -> CIMultiDict[str]:
-    passed = _without(headers, _NOT_FORWARDED)
+def _to_child(headers: CIMultiDictProxy[str], key: str, *, plain: bool) -> CIMultiDict[str]:
+    """``plain``: a reply that we are to read is not to be compressed."""
+    passed = _without(headers, _NOT_FORWARDED | ({"accept-encoding"} if plain else set()))
     if key:
         passed[hdrs.AUTHORIZATION] = f"Bearer {key}"
     return passed

@@ -22,16 +22,17 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from runtime.serve import replies
+from runtime.serve.address import require_key
 from runtime.serve.admission import Admission, ClosedError, QueueFullError
 from runtime.serve.door import Bodies, target_of
 from runtime.serve.endpoints import PUBLIC, Endpoint, classify
+from runtime.serve.fetches import fetches
 from runtime.serve.forward import Asked, Forwarder, new_session
-from runtime.serve.guard import ALLOWED_METHODS, Guard, is_loopback, sent_key
+from runtime.serve.guard import ALLOWED_METHODS, Guard, sent_key
 from runtime.serve.metrics import Metrics, joined
 from runtime.serve.scrape import scrape
 from runtime.serve.upstream import Upstream
 from toolchain.base import console
-from toolchain.base.errors import UsageError
 
 MIB = 1 << 20
 HEAD_S = 30.0  # for the first request's head, and between requests
@@ -61,14 +62,8 @@ class FrontConfig:
 
 
 def make_app(config: FrontConfig, upstream: Upstream) -> web.Application:
-    """The application; UsageError for an address that others reach without a key."""
-    if not config.api_keys and not is_loopback(config.host):
-        raise UsageError(
-            f"{config.host} is an address that other machines reach, and no API key is set",
-            hint="set a key, or serve on 127.0.0.1",
-        )
-    if "*" in config.allowed_origins and not config.api_keys:
-        raise UsageError("every web page would be allowed to use this server: the origin * needs an API key")
+    """The application; UsageError as of ``address.require_key``."""
+    require_key(config.host, config.api_keys, config.allowed_origins)
     app = web.Application(middlewares=[web.middleware(_at_the_door)])
     app[_FRONT] = front = _Front(config=config, upstream=upstream)
     app.router.add_route("*", "/{path:.*}", _nothing)
@@ -191,7 +186,8 @@ async def _reply(front: _Front, request: web.Request) -> web.StreamResponse:
         case "unknown":
             raise replies.refusal("unknown", 404, f"no such endpoint: {request.method} {path}")
         case "page" if path == "/" and not front.config.ui:
-            return web.Response(text=_welcome(front.config))
+            said = f"llama-foundry serves a language model here.\nOpenAI-compatible API: http://{request.host}/v1\n"
+            return web.Response(text=said)
         case _:
             return await _pass_on(front, request, endpoint, with_key=known)
 
@@ -202,6 +198,9 @@ async def _pass_on(front: _Front, request: web.Request, endpoint: Endpoint, *, w
     if front.draining:
         raise _shutting_down()
     async with front.bodies.held(request) as body:
+        if request.method == hdrs.METH_POST and "cors-proxy" not in front.config.allowed_endpoints and fetches(body):
+            said = "this server fetches nothing: send what the model is to see or hear as a data: URL"
+            raise replies.refusal("fetch", 403, said, close=False)
         asked = Asked(endpoint=endpoint, target=request.raw_path, body=body, with_key=with_key, arrived_s=arrived_s)
         if endpoint.kind != "generates":
             return await front.forwarder.forward(request, asked)
@@ -237,11 +236,6 @@ async def _ours(front: _Front, label: str) -> web.Response:
 
 def _shutting_down() -> replies.Refusal:
     return replies.refusal("shutdown", 503, "the server is shutting down", retry_after_s=_RESTART_S)
-
-
-def _welcome(config: FrontConfig) -> str:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"llama-foundry serves a language model here.\nOpenAI-compatible API: http://{host}:{config.port}/v1\n"
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

@@ -61,12 +61,12 @@ class Guard:
         }
 
     def _is_ours(self, authority: str, default_port: int = 80) -> bool:
-        parsed = _host_and_port(authority, default_port)
+        parsed = host_and_port(authority, default_port)
         if parsed is None:
             return False
         name, port = parsed
         for allowed in self.allowed_hosts:
-            wanted = _host_and_port(allowed, 0)
+            wanted = host_and_port(allowed, 0)
             if wanted is not None and name == wanted[0] and wanted[1] in (0, port):
                 return True
         if port != self.port:
@@ -86,6 +86,18 @@ def is_loopback(host: str) -> bool:
         return True
     address = _address(host)
     return address is not None and address.is_loopback
+
+
+def host_and_port(authority: str, default_port: int) -> tuple[str, int] | None:
+    """``name:port`` in lower case, without brackets and a dot at the end; None for what is no authority."""
+    if not authority or any(sign in authority for sign in "/@?#\\ \t,"):
+        return None
+    try:
+        parsed = urlsplit(f"//{authority}")
+        name, port = parsed.hostname, parsed.port
+    except ValueError:
+        return None
+    return (name.removesuffix("."), default_port if port is None else port) if name else None
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
@@ -108,18 +120,6 @@ _PORTS = {"http": 80, "https": 443}
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _host_and_port(authority: str, default_port: int) -> tuple[str, int] | None:
-    """``name:port`` in lower case, without brackets and a dot at the end; None for what is no authority."""
-    if not authority or any(sign in authority for sign in "/@?#\\ \t,"):
-        return None
-    try:
-        parsed = urlsplit(f"//{authority}")
-        name, port = parsed.hostname, parsed.port
-    except ValueError:
-        return None
-    return (name.removesuffix("."), default_port if port is None else port) if name else None
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

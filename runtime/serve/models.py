@@ -41,6 +41,8 @@ def plan_model(
         raise UsageError(f"--parallel {parallel}: it must lie between 1 and {MOST_PARALLEL}")
     resolved = resolve(request.model)
     purpose = purpose_of(resolved.path)
+    if pooling and purpose != "embeddings":
+        raise UsageError(f"--pooling {pooling}: {resolved.path.name} writes text", hint="serve it without --pooling")
     if purpose == "embeddings":
         request = _whole_batches(request, resolved)
     prepared = prepare(request, purpose, sequences=parallel or 1, separate=True, mmproj_bytes=_projector_bytes(mmproj))
@@ -59,7 +61,7 @@ def plan_model(
         parallel=clients,
         lora=tuple((path.absolute(), scale) for path, scale in map(parse_adapter, request.lora)),
         mmproj=mmproj.absolute() if mmproj else None,
-        pooling=pooling if purpose == "embeddings" else None,
+        pooling=pooling,
         free_bytes=max(0, plan.devices[0].left_bytes),
     )
     _tell_untuned(prepared, request)

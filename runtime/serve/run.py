@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -100,10 +102,10 @@ def find_server(*, ui: bool) -> Path:
 
 
 def run(options: Options) -> int:
-    """Serve until a signal; the exit code. Raises as ``prepare_service``, ``address.listen`` and ``Supervisor``."""
+    """Serve until a signal; the exit code. Raises as ``prepare_service``, ``address.bind`` and ``Supervisor``."""
     keys = address.read_keys(options.api_key_file)
-    address.require_key(options.host, keys)
-    sockets = address.listen(options.host, options.port)  # before minutes of planning and loading
+    address.require_key(options.host, keys, options.allowed_origins)
+    sockets = address.bind(options.host, options.port)  # before minutes of planning and loading
     try:
         service = prepare_service(options)
         return asyncio.run(_serve(options, service, sockets, keys))
@@ -118,6 +120,7 @@ async def _serve(options: Options, service: Service, sockets: Sequence[socket.so
     from runtime.serve.endpoints import DANGEROUS
     from runtime.serve.front import FrontConfig, drain, make_app, make_runner
 
+    _allow_connections()
     port = int(sockets[0].getsockname()[1])
     supervisor = Supervisor(_launch(service, port))
     stop = _on_signals(supervisor)
@@ -138,8 +141,11 @@ async def _serve(options: Options, service: Service, sockets: Sequence[socket.so
     watch: asyncio.Task[None] | None = None
     try:
         await runner.setup()
-        for each in sockets:
-            await web.SockSite(runner, each).start()
+        try:
+            for each in sockets:
+                await web.SockSite(runner, each).start()
+        except OSError as error:  # somebody listens there since
+            raise address.cannot_listen(options.host, port, error) from error
         with console.step(f"load {', '.join(model.name for model in service.models)}"):
             if not await _unless(stop, supervisor.start()):
                 return 0
@@ -182,6 +188,13 @@ def _launch(service: Service, port: int) -> Launch:
         what="serve",
         router=len(service.models) > 1,
     )
+
+
+def _allow_connections() -> None:
+    """As many open files as this user may have: each client takes one, and one more while it is answered."""
+    with suppress(ValueError, OSError):  # macOS calls more unlimited than it gives
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _on_signals(supervisor: Supervisor) -> asyncio.Event:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from toolchain.base import console
-from toolchain.base.command import Service, start_service
 from toolchain.base.errors import FoundryError, MemoryFitError
+from toolchain.base.service import Service, start_service
 
 if TYPE_CHECKING:
     import aiohttp
@@ -92,6 +92,9 @@ class Supervisor:
         Raises CommandError when it ends before, MemoryFitError when memory ran out, MissingError without the program.
         """
         began = time.monotonic()
+        if self._child is not None:
+            self._child.kill()  # a router lives on when a model of its does not load
+        self.launch.log.unlink(missing_ok=True)
         self.api_key = secrets.token_urlsafe(32)
         self._child = start_service(
             self.launch.argv,

@@ -31,7 +31,7 @@ from tests.generated_models import write_model
 from tests.legacy_ggml_files import write_legacy
 from tests.loopback_hub import serve_hub
 from toolchain.base import files
-from toolchain.base.errors import ArtifactError, FoundryError, UsageError
+from toolchain.base.errors import ArtifactError, FoundryError, MemoryFitError, UsageError
 from toolchain.base.gguf import read_header
 
 PATIENCE_S = 120
@@ -39,6 +39,12 @@ PROMPT = "The class statement"
 ANY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 UNENDING: dict[str, Any] = {"logit_bias": {2: -math.inf}}  # the demo model's end
 CALLING = 'root ::= "It is add(2, 3)" [a-z]'
+ALTERNATING = (
+    "{% for message in messages %}"
+    "{% if message.role not in ['user', 'assistant'] or (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}<|assistant|>"
+)
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -252,6 +258,61 @@ def test_failed_reload_leaves_the_loaded_model(llm: LLaMa) -> None:
     llm.create_native_completion(PROMPT, max_tokens=2)
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"n_ctx": 4096},
+        {"n_threads": 0},
+        {"type_k": "f12"},
+        {"tensor_split": "a"},
+        {"lora": "nothing.gguf"},
+        {"lora": str(ROOT / "README.md")},
+    ],
+)
+def test_wrong_wish_at_reload_leaves_the_loaded_model(llm: LLaMa, wish: dict[str, Any]) -> None:
+    llm.create_native_completion(PROMPT * 20, max_tokens=2)
+    with pytest.raises(FoundryError):
+        llm.reload(**wish)
+    llm.create_native_completion(PROMPT * 20, max_tokens=2)
+    assert llm.finish_meta is not None
+    assert llm.finish_meta.cached_tokens > 0
+    llm.reload()
+
+
+def test_load_that_fails_leaves_a_reload_that_works(llm: LLaMa, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime import prepare
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "load_engine", _too_little)
+        with pytest.raises(MemoryFitError):
+            llm.reload(n_ctx=128)
+    with pytest.raises(UsageError, match="no model in memory"):
+        llm.create_completion("Hello")
+    llm.reload()
+    assert llm.n_ctx == 512
+
+
+def _too_little(*_: object, **__: object) -> None:
+    raise MemoryFitError("too little memory")
+
+
+def test_reload_takes_shares_as_the_constructor_does_and_keeps_verbose(
+    llm: LLaMa, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm.verbose = 1
+    llm.reload(n_ctx=64, tensor_split=(1,))
+    made = {each["name"]: each["value"] for each in llm.load_resource_info.settings}
+    assert (made["tensor_split"], llm.verbose) == ("1", 1)
+    assert "load demo-Q4_K_M.gguf" in capfd.readouterr().err
+
+
+def test_generator_of_a_model_that_is_gone_is_refused(llm: LLaMa, other_family: Path) -> None:
+    pieces = llm.create_native_generator(PROMPT, max_tokens=2)
+    llm.reload(other_family)
+    with pytest.raises(UsageError, match="loaded anew"):
+        next(pieces)
+
+
 def test_other_model_goes_on_with_the_conversation(llm: LLaMa, other_family: Path) -> None:
     llm.create_completion("Hello", max_tokens=5)
     said = llm.messages
@@ -297,6 +358,8 @@ def test_adapters_are_switched_while_the_model_is_loaded(llm: LLaMa, demo_gguf: 
     llm.set_adapters()
     assert said() == plain != changed
     llm.set_adapters(f"{adapter}=0.5")
+    assert said() == changed
+    llm.reload()
     assert said() == changed
     with LLaMa(demo_gguf, lora=(adapter, 0.5)) as other:
         assert other.create_native_completion(PROMPT, temperature=0, max_tokens=12) == changed
@@ -427,9 +490,14 @@ def test_token_that_is_none_or_several_is_told(llm: LLaMa) -> None:
     for wrong in ({"several tokens": 1.0}, {99999: 1.0}, {"": 1.0}, {"x": math.nan}, {"x": math.inf}):
         with pytest.raises(UsageError, match="token_prob_delta"):
             llm.create_native_generator(PROMPT, token_prob_delta=wrong)
-    for wrong in ({"x": 1.5}, {"x": -0.1}, {"x": 0.6, "y": 0.6}):
+    for wrong in ({"x": 1.5}, {"x": -0.1}, {"x": 0.6, "y": 0.6}, {"x": "much"}, {"x": None}, {5.0: 0.5}, [5]):
         with pytest.raises(UsageError, match="token_prob_abs"):
             llm.create_native_generator(PROMPT, token_prob_abs=wrong)
+
+
+def test_ban_of_every_token_is_told(llm: LLaMa) -> None:
+    with pytest.raises(UsageError, match="no token is left"):
+        llm.create_native_completion(PROMPT, token_prob_delta=dict.fromkeys(range(4096), -math.inf), max_tokens=3)
 
 
 def test_logprobs_are_the_models_own_whatever_is_done_to_them(llm: LLaMa) -> None:
@@ -528,6 +596,11 @@ def test_failed_call_leaves_the_conversation_as_it_was(llm: LLaMa) -> None:
         llm.create_completion("Hello", grammar='root ::= "ab"', logit_bias=dict.fromkeys(range(4096), -math.inf))
     with pytest.raises(UsageError):
         llm.create_completion("Hello", temperature=-1)
+    for wrong in (["Hello"], b"Hello", [None], {"role": "user", "content": "Hello"}):
+        with pytest.raises(UsageError):
+            llm.create_completion(wrong)
+    with pytest.raises(UsageError):
+        llm.add_message("user", None)
     assert llm.messages == before
     assert llm.finish_meta is None
     llm.create_completion("Go on", max_tokens=4)
@@ -596,6 +669,22 @@ def test_oldest_turns_are_left_out_of_the_prompt_and_stay_in_the_conversation(ll
     assert "Question 0:" not in built
     assert "The last one" in built
     assert len(llm.tokenize(built)) <= 512 - 128
+
+
+def test_messages_that_stand_by_themselves_are_fitted_whatever_was_left_out_before(llm: LLaMa, demo_gguf: Path) -> None:
+    for number in range(12):
+        llm.create_completion(f"Question {number}: what is a class statement in Python? " * 2, stop=["e", "a"])
+    assert llm.finish_meta is not None
+    assert llm.finish_meta.dropped_turns > 2
+    alone = [*llm.messages, {"role": "user", "content": "And?"}]
+    with LLaMa(demo_gguf) as fresh:
+        assert llm.build_prompt(alone, max_tokens=1) == fresh.build_prompt(alone, max_tokens=1)
+        left_out = []
+        for each in (llm, fresh):
+            each.create_completion(alone, max_tokens=1)
+            assert each.finish_meta is not None
+            left_out.append((each.finish_meta.dropped_turns, each.finish_meta.prompt_tokens))
+        assert left_out[0] == left_out[1]
 
 
 def test_conversation_that_was_cleared_by_hand_forgets_what_was_left_out(llm: LLaMa) -> None:
@@ -682,6 +771,8 @@ def test_symbols_stand_for_values_and_functions_in_user_and_system_texts(llm: LL
     assert "Talk with Ada." in built
     assert "I am Ada, abab, [[NOBODY: missing]]." in built
     llm.create_completion("I am [[USER]].", max_tokens=2)
+    parts = [{"type": "text", "text": "I am [[USER]]."}]
+    assert "I am Ada." in llm.build_prompt([{"role": "user", "content": parts}])
     llm.register_symbol("USER", "Bob")
     assert llm.messages[1]["content"] == "I am Ada."
     assert "Talk with Bob." in llm.build_prompt("x")
@@ -696,7 +787,8 @@ def test_called_function_answers_and_the_reply_goes_on(llm: LLaMa) -> None:
         called.append((width, height))
         return width * height
 
-    llm.register_functions(add, area)
+    assert llm.register_function(area) is area  # so that it decorates one
+    llm.register_functions(add)
     assert "area(width: int, height: int) -> int" in llm.build_prompt("How large?")
     pieces = list(llm.create_generator("How large?", grammar='root ::= "It is area(3, 4)" [x]', max_function_calls=2))
     assert called == [(3, 4), (3, 4)]
@@ -733,12 +825,13 @@ def test_function_that_raises_or_is_miscalled_tells_the_model(llm: LLaMa) -> Non
 
     llm.register_function(fails)
     llm.register_function(add, name="plus", description="Adds.")
-    llm.create_completion("Go", grammar='root ::= "fails()" [x] | "plus(1)" [x]', max_function_calls=1, seed=1)
-    assert llm.finish_meta is not None
-    (call,) = llm.finish_meta.function_calls
-    assert call.failed
-    assert "no disk" in call.result or "plus" in call.result
-    assert llm.messages[2]["role"] == "tool"
+    for written, told in (("fails()", "fails raised OSError: no disk"), ("plus(1)", "plus(a: int, b: int) -> int")):
+        llm.create_completion("Go", grammar=f'root ::= "{written}" [x]', max_function_calls=1)
+        assert llm.finish_meta is not None
+        (call,) = llm.finish_meta.function_calls
+        assert (call.text, call.failed) == (written, True)
+        assert told in call.result
+        assert llm.messages[-2] == {"role": "tool", "content": call.result, "name": call.name}
 
 
 def test_function_may_not_use_the_model_that_calls_it(llm: LLaMa) -> None:
@@ -751,12 +844,32 @@ def test_function_may_not_use_the_model_that_calls_it(llm: LLaMa) -> None:
     assert "in the middle of a reply" in llm.finish_meta.function_calls[0].result
 
 
+def test_call_that_was_cancelled_is_not_carried_out(llm: LLaMa) -> None:
+    llm.register_function(add)
+    for piece in llm.create_generator("Sum?", grammar=CALLING):
+        if ")" in piece:
+            llm.cancel()
+    assert llm.finish_meta is not None
+    assert (llm.finish_meta.function_calls, llm.finish_meta.finish_reason) == ((), "cancelled")
+    assert llm.messages[-1] == {"role": "assistant", "content": "It is add(2, 3)"}
+
+
 def test_limit_of_tokens_holds_over_all_rounds(llm: LLaMa) -> None:
     llm.register_function(add)
     llm.create_completion("Sum?", grammar=CALLING, max_tokens=25)
     assert llm.finish_meta is not None
     assert llm.finish_meta.completion_tokens <= 25
     assert llm.finish_meta.finish_reason == "length"
+
+
+def test_reply_that_ended_at_a_result_is_followed_by_a_question_in_any_template(tmp_path: Path) -> None:
+    strict = write_model(tmp_path / "strict.gguf", "llama", random=True, template=ALTERNATING, n_ctx_train=1024)
+    with LLaMa(strict) as llm:
+        llm.register_function(lambda: 5, name="five")
+        llm.create_completion("Go", grammar='root ::= "five()" [x]', max_tokens=6)
+        assert llm.messages[-1]["role"] == "tool"
+        assert llm.build_prompt("And?").endswith("<|user|>five returned: 5\n\nAnd?<|end|><|assistant|>")
+        llm.create_completion("And?", max_tokens=2)
 
 
 def test_results_that_fill_the_context_end_the_reply(llm: LLaMa) -> None:
@@ -812,8 +925,11 @@ def test_state_of_another_model_or_damaged_leaves_the_conversation(
     path.write_bytes(raw)
     with pytest.raises(ArtifactError, match="damaged"):
         llm.load_state(path)
-    with pytest.raises(UsageError):
-        llm.load_state(tmp_path / "nothing")
+    for no_file in (tmp_path / "nothing", tmp_path, "a\0b"):
+        with pytest.raises(UsageError):
+            llm.load_state(no_file)
+    with pytest.raises(UsageError, match="is a directory"):
+        llm.save_state(tmp_path)
     assert llm.messages == before
     llm.create_completion("Go on", max_tokens=2)
 

@@ -76,6 +76,40 @@ def run(
     )
 
 
+@pytest.mark.parametrize(
+    "verb", [("complete", "-p", PROMPT), ("complete", "-p", PROMPT, "--json"), ("chat",), ("plan",)], ids=" ".join
+)
+def test_full_disk_behind_stdout_is_told(environment: dict[str, str], demo_gguf: Path, verb: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "runtime", verb[0], demo_gguf, *verb[1:]],
+            input="hello\n",
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("verb", [("complete", "-n", "5"), ("chat", "-n", "5")], ids=lambda verb: verb[0])
+def test_closed_stream_is_an_empty_one(
+    environment: dict[str, str], demo_gguf: Path, verb: tuple[str, ...], closed: str
+) -> None:
+    argv = [sys.executable, "-m", "runtime", verb[0], demo_gguf, *verb[1:]]
+    shell = ["sh", "-c", f'"$@" {closed}', "sh", *map(str, argv)]
+    done = subprocess.run(
+        shell, env=environment, input="hello\n", capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def complete_json(environment: dict[str, str], model: Path, *arguments: object, **options: Any) -> dict[str, Any]:
     done = run(environment, "complete", model, "-p", PROMPT, "--json", *arguments, **options)
     assert done.returncode == 0, done.stderr
@@ -458,7 +492,7 @@ def test_ctrl_c_at_a_terminal_stops_the_reply_and_not_the_program(
             terminal.press(f"{question}\n")
             at = terminal.wait_for(rf"{re.escape(question)}\r\n.*\w", after=at)
             terminal.press("\x03")
-            at = terminal.wait_for(r"t/s generation[^\n]*\n", after=at)
+            at = terminal.wait_for(r"t/s generation[^>]*threads?[^\n]*\n", after=at)  # the line may be folded
             if terminal.shown.endswith("stopped\r\n", 0, at):
                 break
             terminal.wait_for(r"> ", after=at)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
 from tests import serving as fixtures
 from tests.generated_models import Family, write_model
+from tests.generated_vision import picture, write_mmproj, write_text_model
 from tests.serving import ENDLESS, HELLO, PATIENCE_S, Server, serving, until
 from tests.tiny_bert import write_bert
 from toolchain.base.files import PROJECT_ROOT
@@ -208,6 +212,10 @@ def test_several_models_are_served_by_name_each_with_its_own_settings(
         for name in ("demo-Q8_0", "demo-Q2_K", "tireless", paths["Q2_K"]):
             reply = client.chat.completions.create(model=name, messages=HELLO, max_tokens=4)
             assert reply.choices[0].message.content
+        listed = httpx2.get(f"{running.url}/v1/models").json()["data"]
+        assert {model["status"]["value"] for model in listed} == {"loaded"}
+        assert not any({"args", "preset"} & model["status"].keys() for model in listed)
+        assert httpx2.get(f"{running.url}/props?model=tireless").json()["model_path"] == tireless.name
         with pytest.raises(openai.BadRequestError, match="nobody"):
             client.chat.completions.create(model="nobody", messages=HELLO)
         contexts = {model["name"]: model["n_ctx"] for model in running.ready["models"]}
@@ -218,6 +226,32 @@ def test_several_models_are_served_by_name_each_with_its_own_settings(
             "demo-Q2_K": "1024",
             "tireless": "8192",
         }
+
+
+def test_picture_that_comes_along_is_seen_and_one_elsewhere_is_not_fetched(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    model, eye = write_text_model(tmp_path / "eye.gguf", template=template), write_mmproj(tmp_path / "mmproj.gguf", 64)
+    along = f"data:image/png;base64,{base64.b64encode(picture('cat')).decode()}"
+    with (
+        serving(environment, model, "--mmproj", eye) as running,
+        socket.create_server(("127.0.0.1", 0)) as elsewhere,
+    ):
+
+        def ask(url: str) -> Any:
+            part: Any = {"type": "image_url", "image_url": {"url": url}}
+            messages: Any = [{"role": "user", "content": [part, {"type": "text", "text": "say"}]}]
+            return running.client(timeout=PATIENCE_S).chat.completions.create(
+                model="eye", messages=messages, max_tokens=2
+            )
+
+        assert ask(along).usage.prompt_tokens > 0
+        with pytest.raises(openai.PermissionDeniedError, match="data: URL"):
+            ask(f"http://127.0.0.1:{elsewhere.getsockname()[1]}/picture.png")
+        elsewhere.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
 
 
 def test_only_as_many_models_are_loaded_as_were_allowed(environment: dict[str, str], demo: dict[str, Any]) -> None:

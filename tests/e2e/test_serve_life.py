@@ -37,7 +37,7 @@ def test_killed_child_cuts_the_stream_and_the_next_request_is_served(
         next(iter(stream))
         fallen = running.child()
         fallen.kill()
-        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+        with pytest.raises(openai.APIError, match="llama-server ended"):
             for _ in stream:
                 pass
         for _ in range(PATIENCE_S):
@@ -168,7 +168,7 @@ def test_systemd_hears_when_it_is_ready_and_when_it_stops(
 def test_sigterm_lets_the_stream_end_and_leaves_nothing(environment: dict[str, str], tireless: Path) -> None:
     with serving(environment, tireless, "--n-ctx", 8192, "--drain-s", PATIENCE_S) as running:
         stream = running.client(timeout=PATIENCE_S).chat.completions.create(
-            model="any", messages=HELLO, max_tokens=6_000, stream=True, extra_body=ENDLESS
+            model="any", messages=HELLO, max_tokens=3_000, stream=True, extra_body=ENDLESS
         )
         pieces = iter(stream)
         next(pieces)
@@ -191,7 +191,7 @@ def test_drain_has_a_limit(environment: dict[str, str], tireless: Path) -> None:
         )
         next(iter(stream))
         assert running.end() == 0
-        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+        with pytest.raises(openai.APIError, match="shutting down"):
             for _ in stream:
                 pass
 

@@ -73,6 +73,11 @@ def test_key_is_asked_for_and_nowhere_to_be_seen(environment: dict[str, str], de
         (("{demo}", "{demo}"), 2, "named twice"),
         (("{demo}", "--api-key-file", "/no/such/file"), 2, "cannot be read"),
         (("{demo}", "--parallel", "257"), 2, "between 1 and 256"),
+        (("{demo}", "--pooling", "mean"), 2, "writes text"),
+        (("{demo}", "--allowed-origin", "*"), 2, "API key"),
+        (("{demo}", "--allowed-origin", "example.org"), 2, "SCHEME://NAME"),
+        (("{demo}", "--allowed-host", "http://example.org"), 2, "NAME:PORT"),
+        (("{demo}", "--port", "abc"), 2, "'abc' is no whole number"),
         (("{lie}",), 6, "lie.gguf"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_quit_leaves(typed: str) -> None:
         run(talk_with(Parrot()), typed)
 
 
+@pytest.mark.parametrize("typed", ["/undo 3", "/reset all", "/retry temp=0", "/session x", "/quit now", "/plan --json"])
+def test_command_without_arguments_refuses_one_and_does_nothing(typed: str) -> None:
+    talk = talk_with(Parrot())
+    said(talk, "one")
+    with pytest.raises(UsageError, match="takes nothing behind it"):
+        run(talk, typed)
+    assert len(talk.conversation.turns()) == 1
+
+
 def test_system_message_is_shown_set_and_taken_away() -> None:
     talk = talk_with(Parrot())
     assert run(talk, "/system") == "no system message"
@@ -168,7 +178,8 @@ def test_image_of_a_wrong_type_or_size_is_refused(tmp_path: Path) -> None:
         file.truncate(MOST_BYTES + 1)
     for rest, words in (
         (text, "no image"),
-        (large, "20.0 MiB"),
+        (large, "more than 20 MiB"),
+        ("/dev/zero", "more than 20 MiB"),
         (tmp_path / "c.png", "cannot be read"),
         ("", "no file"),
     ):
@@ -178,8 +189,13 @@ def test_image_of_a_wrong_type_or_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_image_for_a_model_that_does_not_see_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="parrot does not see"):
-        run(talk_with(Parrot()), f"/image {tmp_path / 'a.png'}")
+    talk = talk_with(Parrot())
+    with pytest.raises(UsageError, match="parrot does not see") as caught:
+        run(talk, f"/image {tmp_path / 'a.png'}")
+    assert "--mmproj" in caught.value.hint
+    talk.images.append("data:image/png;base64,")  # of a model that saw, before /model
+    run(talk, "/image -")
+    assert talk.images == []
 
 
 def test_save_writes_json_and_overwrites_only_when_told(tmp_path: Path) -> None:
@@ -198,6 +214,22 @@ def test_save_writes_json_and_overwrites_only_when_told(tmp_path: Path) -> None:
     run(talk, "/undo")
     run(talk, f"/save {path}", Seat(says_yes=True))
     assert len(json.loads(path.read_text())) == 2
+
+
+@pytest.mark.parametrize("command", ["/save", "/export"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_name_in_quotes_is_the_name_within_them(tmp_path: Path, command: str, quote: str) -> None:
+    run(talk_with(Parrot()), f"{command} {quote}{tmp_path / 'my talk.json'}{quote}")
+    assert [path.name for path in tmp_path.iterdir()] == ["my talk.json"]
+
+
+@pytest.mark.parametrize("command", ["/save!", "/export!"])
+def test_what_is_no_file_is_not_written_over(tmp_path: Path, command: str) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="no regular file"):
+        run(talk_with(Parrot()), f"{command} {pipe}")
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("command", ["/save", "/export"])

@@ -227,6 +227,35 @@ def test_image_for_a_model_that_does_not_see_is_refused() -> None:
     assert contents(talk) == []
 
 
+@pytest.mark.parametrize("n_ctx", [None, 400])
+def test_images_of_a_conversation_are_left_out_for_a_model_that_does_not_see(
+    n_ctx: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = talk_with(Parrot(sees=True))
+    list(talk.ask("what is it?", [PNG]))
+    blind = talk.backend = Parrot(n_ctx=n_ctx)
+    talk.count_again()
+    said(talk, "and now?")
+    said(talk, "and then?")
+    assert blind.images == [[], []]
+    assert capsys.readouterr().err == "! parrot does not see: the conversation's images are left out\n"
+    assert isinstance(contents(talk)[0], list)  # another model may see it again
+
+
+def test_image_that_a_model_does_not_see_is_taken_back_as_the_hint_says() -> None:
+    talk = talk_with(Parrot(sees=True))
+    list(talk.ask("what is it?", [PNG]))
+    talk.backend = Parrot()
+    with pytest.raises(UsageError, match="does not see") as caught:
+        list(talk.retry())
+    assert "/undo" in caught.value.hint
+    talk.images.append(PNG)
+    with pytest.raises(UsageError, match="does not see") as caught:
+        said(talk, "what is that?")
+    assert "/image -" in caught.value.hint
+    assert "--mmproj" in caught.value.hint
+
+
 def test_changes_are_told_after_they_were_made() -> None:
     talk, seen = talk_with(Parrot("a", "b!")), []
     talk.changed.append(lambda: seen.append(len(talk.conversation)))

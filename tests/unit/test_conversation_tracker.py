@@ -313,10 +313,10 @@ def test_too_many_entries_and_too_many_bytes_are_refused(monkeypatch: pytest.Mon
 def test_a_conversation_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "talk [1].yaml"
     conversation = talk()
-    conversation.save(path)
+    conversation.save(str(path))
     conversation.add("assistant", "\r\n\ud83d")
     conversation.save(path)
-    assert Conversation.load(path) == conversation
+    assert Conversation.load(str(path)) == conversation
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert Conversation.load(path) == conversation
     assert os.listdir(path.parent) == [path.name]

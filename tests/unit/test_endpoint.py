@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from runtime.chat.backend import Backend, Figures, Piece, ReplyOptions
-from runtime.chat.endpoint import connect
+from runtime.chat.endpoint import connect, key_for
 from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import Interrupt
 from tests.failing_server import (
@@ -267,6 +267,26 @@ def test_unknown_model_names_the_near_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "goes"),
+    [
+        ("https://api.openai.com", True),
+        ("https://api.openai.com/v1", True),
+        ("HTTPS://API.OpenAI.com/v1/", True),
+        ("http://api.openai.com/v1", False),
+        ("https://api.openai.com.example.org/v1", False),
+        ("https://api.openai.com:8443/v1", False),
+        ("https://example.org/https://api.openai.com/v1", False),
+    ],
+)
+def test_key_of_openai_goes_to_openai_alone(monkeypatch: pytest.MonkeyPatch, url: str, goes: bool) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    monkeypatch.delenv("FOUNDRY_API_KEY", raising=False)
+    assert key_for(url) == ("theirs" if goes else None)
+    monkeypatch.setenv("FOUNDRY_API_KEY", "ours")
+    assert key_for(url) == "ours"
+
+
+@pytest.mark.parametrize(
     "listing", [answer(403), answer(404), answer(405), answer(200, "<html>welcome</html>"), answer(200, [1])]
 )
 def test_server_without_a_list_is_used_with_a_named_model(listing: Answer) -> None:
@@ -282,12 +302,8 @@ def test_server_without_a_list_asks_for_a_name() -> None:
 
 def test_context_and_eyes_are_what_the_server_tells() -> None:
     props = {"default_generation_settings": {"n_ctx": 2048}, "modalities": {"vision": False}}
-    with connected(chat("a"), models=[LLAMA], props=props) as (backend, server):
+    with connected(chat("a"), models=[LLAMA], props=props) as (backend, _):
         assert (backend.n_ctx, backend.sees) == (2048, False)
-        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}]
-        with pytest.raises(UsageError, match="does not see"):
-            reply(backend, messages=image)
-        assert not server.chats
     with connected(chat("a"), models=[LLAMA]) as (backend, _):
         assert (backend.n_ctx, backend.sees) == (4096, True)
     with connected(chat("a"), models=[{"id": "v", "max_model_len": 777}]) as (backend, _):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.llama.asked import Asked, as_loras, requested, spelled_split
+from runtime.llama.asked import Asked, as_loras, as_settings, requested
 from tests.generated_models import write_header
 from toolchain.base import files
 from toolchain.base.errors import UsageError
@@ -113,6 +113,11 @@ def test_context_of_a_recipe_stands_against_the_default() -> None:
 
 def test_adapters_are_given_in_any_form() -> None:
     assert as_loras("a.gguf") == ("a.gguf",)
+    assert as_loras(()) == as_loras(None) == ()
     assert as_loras(("a.gguf", 0.5)) == (("a.gguf", 0.5),)
     assert as_loras(["a.gguf", Path("b.gguf"), ("c.gguf", 2)]) == ("a.gguf", Path("b.gguf"), ("c.gguf", 2))
-    assert spelled_split((3, 1)) == "3,1"
+    assert as_settings({"tensor_split": (3, 1), "n_batch": 64, "type_k": None}) == {
+        "tensor_split": "3,1",
+        "n_batch": 64,
+        "type_k": None,
+    }

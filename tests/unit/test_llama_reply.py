@@ -46,7 +46,17 @@ def test_unknown_argument_is_told_with_what_was_meant() -> None:
         {"logprobs": -2},
         {"json_schema": {"type": "object"}, "grammar": 'root ::= "a"'},
         {"json_schema": {"type": "nonsense"}},
+        {"json_schema": {"type": {"object"}}},
+        {"grammar": 5},
         {"seed": -2},
+        {"seed": 1.5},
+        {"stop": 5},
+        {"stop": ["a", 5]},
+        {"stop": b"ab"},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": [1]},
+        {"dry_sequence_breakers": [1]},
+        {"top_k": 2.5},
     ],
 )
 def test_wrong_argument_is_refused_at_once(given: dict[str, object]) -> None:
@@ -59,6 +69,15 @@ def test_seed_of_the_call_stands_against_that_of_the_model() -> None:
     assert parse_arguments({}, seed=7).sampling.seed == 7
     drawn = {parse_arguments({"seed": -1}, seed=None).sampling.seed for _ in range(4)}
     assert len(drawn) > 1
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.int32(7), "max_tokens": np.int64(2)}
+    drawn = parse_arguments({**given, "logit_bias": {np.int64(5): np.float32(-1)}}, seed=None)
+    found = (drawn.sampling.temp, drawn.sampling.top_k, drawn.sampling.seed, drawn.max_tokens)
+    assert found == (0.5, 3, 7, 2)
+    assert list(map(type, found)) == [float, int, int, int]
+    assert drawn.sampling.logit_bias == {5: -1.0}
 
 
 def test_minus_one_is_no_limit() -> None:

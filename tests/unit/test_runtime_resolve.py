@@ -93,6 +93,39 @@ def test_directory_lists_what_it_holds(project: Path) -> None:
     assert "demo-Q4_K_M.gguf" in caught.value.hint
 
 
+def test_directory_of_a_model_that_sees_names_the_model_and_not_its_vision_part(tmp_path: Path) -> None:
+    for name in ("mmproj-model.gguf", "model.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="is a directory") as caught:
+        locate(str(tmp_path), root=tmp_path, models=tmp_path / "models")
+    assert caught.value.hint.endswith(f"{tmp_path / 'model.gguf'}")
+
+
+@pytest.mark.parametrize("typed", ["", " "])
+def test_empty_name_is_told_as_such(project: Path, typed: str) -> None:
+    with pytest.raises(UsageError, match="no model named"):
+        locate(typed, root=project, models=project / "models")
+
+
+def test_link_to_nothing_says_where_it_points(project: Path) -> None:
+    link = project / "link.gguf"
+    link.symlink_to(project / "gone.gguf")
+    with pytest.raises(UsageError, match=r"link\.gguf points to .*gone\.gguf, which is not there"):
+        locate(str(link), root=project, models=project / "models")
+
+
+def test_missing_file_where_nothing_lies_beside_it_lists_the_recipes_alone(project: Path) -> None:
+    with pytest.raises(UsageError, match="no file") as caught:
+        locate(str(project / "x.gguf"), root=project, models=project / "models")
+    assert caught.value.evidence.splitlines() == [f"no .gguf file in {project}", "recipes with a result: demo"]
+
+
+def test_address_of_a_repository_is_answered_with_its_name(project: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        locate("https://huggingface.co/acme/many-GGUF/tree/main", root=project, models=project / "models")
+    assert caught.value.hint == "a repository is named without its host: acme/many-GGUF"
+
+
 def test_directory_lists_what_lies_a_folder_deeper_and_files_of_2023(project: Path) -> None:
     write_legacy(project / "models/old.bin")
     with pytest.raises(UsageError, match="is a directory") as caught:

@@ -1,25 +1,19 @@
-"""The llama-server command of a prepared model, its long-lived child, and the address that we listen on."""
+"""The llama-server command of a prepared model, and the address that we listen on."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from runtime.serve import address
 from runtime.serve.command import Door, Served, cache_mib, child_environment, model_options, router_argv, server_argv
 from runtime.settings import settle
-from toolchain.base.command import Service, start_service
-from toolchain.base.errors import CommandError, MissingError, UsageError
+from toolchain.base.errors import UsageError
 from toolchain.base.machine import probe
 
 PROGRAM = Path("/bin/llama-server")
@@ -97,85 +91,6 @@ def test_variables_that_change_the_server_and_secrets_do_not_reach_it(monkeypatc
     }
 
 
-def until(found: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not found():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def shell(script: str, log: Path) -> Service:
-    return start_service(["/bin/sh", "-c", script], what="test", log=log)
-
-
-def test_service_tells_its_last_words_and_leaves_no_grandchild(tmp_path: Path) -> None:
-    service = shell(
-        "sleep 1000 & echo $! >pid; echo alas >&2; exit 3".replace(">pid", f">{tmp_path}/pid"), tmp_path / "log"
-    )
-    until(lambda: service.status() is not None, "it does not end")
-    error = service.failed()
-    assert isinstance(error, CommandError)
-    assert "status 3" in error.message
-    assert "alas" in error.evidence
-    assert str(tmp_path / "log") in error.evidence
-    grandchild = int((tmp_path / "pid").read_text())
-    until(lambda: not psutil.pid_exists(grandchild) or _is_dead(grandchild), "a grandchild is left")
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def test_service_ends_when_asked_and_at_once_when_killed(tmp_path: Path) -> None:
-    service = shell("trap 'echo asked; exit 0' TERM; echo up; while :; do sleep 0.05; done", tmp_path / "log")
-    until(lambda: service.output().endswith("up\n"), "it does not start")
-    service.ask_to_end()
-    until(lambda: service.status() is not None, "it does not end")
-    assert service.status() == 0
-    assert "asked" in service.output()
-    deaf = shell("trap '' TERM; echo up; while :; do sleep 0.05; done", tmp_path / "deaf")
-    until(lambda: deaf.output().endswith("up\n"), "it does not start")
-    deaf.ask_to_end()
-    deaf.kill()
-    assert deaf.status() == -signal.SIGKILL
-
-
-def test_service_has_a_session_of_its_own_and_its_command_in_ps(tmp_path: Path) -> None:
-    service = shell("sleep 1000", tmp_path / "log")
-    try:
-        until(lambda: psutil.Process(service.pid).cmdline() == ["/bin/sh", "-c", "sleep 1000"], "another command runs")
-        assert os.getsid(service.pid) == service.pid != os.getsid(0)
-    finally:
-        service.kill()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a signal of the parent's death")
-def test_service_dies_with_us_whatever_kills_us(tmp_path: Path) -> None:
-    program = (
-        "import pathlib, time\nfrom toolchain.base.command import start_service\n"
-        f"argv, log = ['/bin/sh', '-c', 'echo up; sleep 1000'], pathlib.Path({str(tmp_path / 'log')!r})\n"
-        "service = start_service(argv, what='t', log=log)\n"
-        "while not service.output().endswith('up\\n'): time.sleep(0.01)\n"
-        "print(service.pid, flush=True)\ntime.sleep(1000)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert psutil.pid_exists(child)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    until(lambda: not psutil.pid_exists(child) or _is_dead(child), "the child outlives its parent")
-
-
-def test_missing_program_is_told_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="not there"):
-        start_service([tmp_path / "none"], what="test", log=tmp_path / "log")
-
-
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FOUNDRY_API_KEY", raising=False)
     assert address.read_keys(None) == frozenset()
@@ -210,22 +125,34 @@ def test_other_machines_need_a_key(host: str) -> None:
     address.require_key("127.0.0.1", frozenset())
 
 
+def test_a_door_open_to_every_page_needs_a_key() -> None:
+    with pytest.raises(UsageError, match="API key"):
+        address.require_key("127.0.0.1", frozenset(), frozenset({"*"}))
+    address.require_key("127.0.0.1", frozenset({"k"}), frozenset({"*"}))
+
+
 def test_taken_port_is_told_with_a_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port} on 127.0.0.1 is taken") as refusal:
-            address.listen("127.0.0.1", port)
+            address.bind("127.0.0.1", port)
         assert str(os.getpid()) in refusal.value.evidence
         free = address.free_port("127.0.0.1", port)
         assert free is not None
         assert f"--port {free}" in refusal.value.hint
-    for each in address.listen("127.0.0.1", free):
+    for each in address.bind("127.0.0.1", free):
         assert each.getsockname()[1] == free
         each.close()
 
 
+def test_a_client_that_comes_before_the_server_listens_is_refused_and_not_kept_waiting() -> None:
+    (kept,) = address.bind("127.0.0.1", 0)
+    with kept, socket.socket() as client:
+        assert client.connect_ex(kept.getsockname()) == errno.ECONNREFUSED
+
+
 def test_localhost_is_heard_on_one_port_by_all_its_addresses() -> None:
-    sockets = address.listen("localhost", 0)
+    sockets = address.bind("localhost", 0)
     assert len({each.getsockname()[1] for each in sockets}) == 1
     for each in sockets:
         each.close()
@@ -233,7 +160,9 @@ def test_localhost_is_heard_on_one_port_by_all_its_addresses() -> None:
 
 def test_unknown_host_is_told() -> None:
     with pytest.raises(UsageError, match="no address of this machine"):
-        address.listen("no.such.host.invalid", 0)
+        address.bind("no.such.host.invalid", 0)
+    with pytest.raises(UsageError, match="no address of this machine"):
+        address.bind("192.0.2.1", 0)  # of documentation (RFC 5737): nobody has it
 
 
 def test_url_is_one_that_a_client_here_can_use() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+from typing import Any
 
 import aiohttp
 import pytest
@@ -315,7 +316,7 @@ def test_a_client_that_leaves_the_queue_is_never_forwarded() -> None:
 
 
 @pytest.mark.parametrize("asked", [{"endless": True}, {"hold": True, "n": 2}, {"hold": True, "stream": False}])
-def test_the_child_stops_as_soon_as_the_client_leaves(asked: dict[str, object]) -> None:
+def test_the_child_stops_as_soon_as_the_client_leaves(asked: dict[str, Any]) -> None:
     async def scene(it: Served) -> None:
         task = asyncio.create_task(it.ask(**asked))
         await until(lambda: it.child.running == 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.base import command, files
+from toolchain.base import files
 from toolchain.base.errors import ArtifactError, CommandError, FetchError, FoundryError, MissingError, UsageError
 from toolchain.build.webui import Page, build_page, hand_over, page_defines, prove_page
 
@@ -291,26 +291,3 @@ def test_a_server_that_does_not_start_is_refused_with_its_last_words(llama: Path
     with pytest.raises(ArtifactError) as caught:
         prove_page(program, page, log=npm.log)
     assert "unknown argument" in caught.value.evidence
-
-
-def test_a_child_that_never_gets_ready_is_ended(tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", "import time; print('warming up', flush=True); time.sleep(300)"]
-    log = tmp_path / "x.log"
-    with (
-        pytest.raises(CommandError, match=r"not ready within 0\.5 s") as caught,
-        command.serving(argv, what="waiting", log=log, ready=lambda said: None, timeout_s=0.5),
-    ):
-        pass
-    assert str(log) in caught.value.evidence
-
-
-def test_a_child_is_ended_with_the_body_that_it_serves(tmp_path: Path) -> None:
-    """The fence of this tier fails the test when the shell or its child is left."""
-
-    def fail() -> None:
-        argv, log = ("/bin/sh", "-c", "echo ready; sleep 300; true"), tmp_path / "x.log"
-        with command.serving(argv, what="serving", log=log, ready=lambda said: said or None, timeout_s=30) as said:
-            raise ValueError(said)
-
-    with pytest.raises(ValueError, match="ready"):
-        fail()

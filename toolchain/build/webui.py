@@ -27,6 +27,7 @@ from typing import Literal
 
 from toolchain.base import command, console, files
 from toolchain.base.errors import ArtifactError, CommandError, FetchError, MissingError, UsageError
+from toolchain.base.service import serving
 
 DISK_BYTES = 1_200_000_000
 """For the default pin: 692 MiB of node_modules, 169 MiB of npm's cache, 10 MiB of page, and room to grow."""
@@ -125,7 +126,7 @@ def prove_page(server: Path, page: Page, *, log: Path) -> None:
         argv = (server, "--host", "127.0.0.1", "--port", "0", "--offline", "--models-dir", scratch)
         theirs = {name: None for name in os.environ if name.startswith("LLAMA_")}
         try:
-            with command.serving(
+            with serving(
                 argv,
                 what="proving the web page",
                 log=log,

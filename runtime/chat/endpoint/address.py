@@ -15,6 +15,7 @@ ALLOW_PLAIN_HTTP: Final = "FOUNDRY_ALLOW_PLAIN_HTTP"
 VERSION: Final = r"v\d+\w*"
 """A part of a path."""
 _PASTED: Final = ("/chat/completions", "/models")  # paths of the API that belong behind the address
+_OPENAI: Final = "https://api.openai.com/"
 _EXAMPLE: Final = "such as http://127.0.0.1:8080 or https://api.example.com/v1"
 
 
@@ -61,6 +62,14 @@ def parse_address(url: str) -> Address:
         loopback=_is_loopback(host),
         bases=(place,) if versioned else (f"{place}/v1", place),
     )
+
+
+def key_for(url: str) -> str | None:
+    """The key in the environment for the server at ``url``: OpenAI's goes to OpenAI alone, whatever else is named."""
+    if key := os.environ.get("FOUNDRY_API_KEY"):
+        return key
+    to_openai = parse_address(url).bases[0].startswith(_OPENAI)
+    return os.environ.get("OPENAI_API_KEY") if to_openai else None
 
 
 def checked_key(api_key: str | None, address: Address) -> str:

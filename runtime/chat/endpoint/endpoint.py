@@ -18,10 +18,9 @@ from runtime.chat.endpoint.look import Found, look
 from runtime.chat.endpoint.reply import Reply
 from runtime.chat.endpoint.request import encode, refused_fields, request_body, sent, unknown_extras
 from runtime.chat.endpoint.wire import Answer, Cancelled, Wire, make_wire
-from runtime.conversation.messages import images_of
 from runtime.interrupts import Interrupt
 from toolchain.base import console
-from toolchain.base.errors import FetchError, UsageError
+from toolchain.base.errors import FetchError
 
 if TYPE_CHECKING:
     from runtime.conversation.messages import Message
@@ -78,8 +77,6 @@ class Endpoint:
         self, messages: Sequence[Message], options: ReplyOptions, interrupt: Interrupt
     ) -> Generator[Piece, None, None]:
         """As the contract says; a ContextFullError (a FetchError) when the server finds the conversation too long."""
-        if not self.sees and any(images_of(message) for message in messages):
-            raise UsageError(f"{self.name} does not see", hint="send the message without its image")
         reply = Reply(asked_at=time.monotonic(), silence_s=self._timeout_s)
         try:
             with closing(self._ask(messages, options, interrupt)) as answer:
