@@ -67,7 +67,8 @@ def fit(
 
 def _no_room(last: Fitted, n_ctx: int, has_system: bool) -> UsageError:
     with_system = " with the system message" if has_system else ""
+    shorter = ", shorten the system message" if has_system else ""
     return UsageError(
         f"this message{with_system} makes a prompt of {last.tokens} tokens; the context holds {n_ctx}",
-        hint="send it in parts, or start with a larger --n-ctx if the model has it",
+        hint=f"send it in parts{shorter}, or start with a larger --n-ctx if the model has it",
     )
