@@ -1,4 +1,4 @@
-"""The commands that need a model in this process: another model, its adapters, its plan."""
+"""The commands that change or explain what answers: another model, its adapters, its plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.chat.endpoint.endpoint import Endpoint
 from runtime.chat.local import LocalBackend
 from runtime.interrupts import interrupts_noted
 from runtime.settings import NAMES, near_miss, parse_value
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 def other_model(talk: Talk, typed: str) -> str:
     """``MODEL [n_ctx=N ...]``: load it in place of the one that answers now, and keep the conversation; what to say.
 
-    Without a model it says which one answers. Errors as of ``LocalBackend.exchange``; the old one then answers on.
+    Of a server it is the name of another of its models. Without a model it says which one answers. Errors as of
+    ``LocalBackend.exchange`` and ``Endpoint.exchange``; the old one then answers on.
     """
+    if isinstance(talk.backend, Endpoint):
+        return _other_of_server(talk, talk.backend, typed)
     local = _local(talk, "/model")
     if not typed:
         return f"{local.name}, {local.engine.n_ctx} tokens of context"
@@ -35,6 +39,17 @@ def other_model(talk: Talk, typed: str) -> str:
         finally:
             talk.count_again()
     return f"{local.name}{alone}, {local.n_ctx} tokens of context; the conversation stays"
+
+
+def _other_of_server(talk: Talk, endpoint: Endpoint, name: str) -> str:
+    if not name:
+        others = ", ".join(each for each in endpoint.models if each != endpoint.name)
+        return f"{endpoint.name}; the server also has {others}" if others else endpoint.name
+    try:
+        endpoint.exchange(name)
+    finally:
+        talk.count_again()
+    return f"{endpoint.name}; the conversation stays"
 
 
 def adapters(talk: Talk, typed: str) -> str:

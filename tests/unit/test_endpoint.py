@@ -14,6 +14,8 @@ import pytest
 
 from runtime.chat.backend import Backend, Figures, Piece, ReplyOptions
 from runtime.chat.endpoint import connect, key_for
+from runtime.chat.exchange import other_model
+from runtime.chat.talk import Talk
 from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import Interrupt
 from tests.failing_server import (
@@ -249,6 +251,18 @@ def test_only_model_is_chosen_and_several_are_listed() -> None:
     with connected(chat("a"), models=("alpha", "beta"), model="beta") as (backend, server):
         reply(backend)
         assert server.chats[0].json()["model"] == "beta"
+
+
+def test_chat_goes_on_with_another_model_of_the_server() -> None:
+    with connected(chat("one"), chat("two"), models=("alpha", "beta"), model="alpha") as (backend, server):
+        talk = Talk(backend, options())
+        list(talk.ask("hello"))
+        assert other_model(talk, "") == "alpha; the server also has beta"
+        assert "the conversation stays" in other_model(talk, "beta")
+        list(talk.ask("and now?"))
+        asked = server.chats[1].json()
+        assert asked["model"] == "beta"
+        assert [message["content"] for message in asked["messages"]] == ["hello", "one", "and now?"]
 
 
 def test_model_that_is_not_listed_is_asked_for_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from toolchain.base import console
 from toolchain.base.errors import FetchError
 
 if TYPE_CHECKING:
+    from runtime.chat.endpoint.address import Address
     from runtime.conversation.messages import Message
 
 SILENCE_S: Final = 300.0
@@ -33,14 +34,11 @@ _COUNT_S: Final = 30.0
 class Endpoint:
     """A Backend over HTTP. ``count`` is known of a llama-server only."""
 
-    def __init__(self, wire: Wire, found: Found, timeout_s: float) -> None:
+    def __init__(self, wire: Wire, address: Address, found: Found, timeout_s: float) -> None:
         self._wire = wire
-        self._found = found
-        self._bases = found.bases
+        self._address = address
         self._timeout_s = timeout_s
-        self._without: frozenset[str] = frozenset()
-        self._warned: set[str] = set()
-        self._counts = found.llama
+        self._take(found)
 
     def __repr__(self) -> str:
         return f"<{self.name} at {self._bases[0]}>"
@@ -48,6 +46,11 @@ class Endpoint:
     @property
     def name(self) -> str:
         return self._found.model
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that the server lists, maybe none."""
+        return self._found.models
 
     @property
     def n_ctx(self) -> int | None:
@@ -87,8 +90,20 @@ class Endpoint:
             return
         yield Piece(figures=reply.figures(reply.finish_reason))
 
+    def exchange(self, model: str) -> None:
+        """Let another of the server's models answer; errors as of ``connect``, and the one before answers on then."""
+        self._take(look(self._wire, self._address, model))
+
     def close(self) -> None:
         self._wire.close()
+
+    def _take(self, found: Found) -> None:
+        """What was learned of another model does not count any more."""
+        self._found = found
+        self._bases = found.bases
+        self._without: frozenset[str] = frozenset()
+        self._warned: set[str] = set()
+        self._counts: bool = found.llama
 
     def _ask(self, messages: Sequence[Message], options: ReplyOptions, interrupt: Interrupt) -> Answer:
         """The beginning of the answer; where nobody told its place, all that are left are tried.
@@ -156,4 +171,4 @@ def connect(url: str, *, model: str | None, api_key: str | None, timeout_s: floa
     except BaseException:
         wire.close()
         raise
-    return Endpoint(wire, found, timeout_s)
+    return Endpoint(wire, address, found, timeout_s)
