@@ -34,6 +34,8 @@ _COUNT_S: Final = 30.0
 class Endpoint:
     """A Backend over HTTP. ``count`` is known of a llama-server only."""
 
+    _counts: bool
+
     def __init__(self, wire: Wire, address: Address, found: Found, timeout_s: float) -> None:
         self._wire = wire
         self._address = address
@@ -103,7 +105,7 @@ class Endpoint:
         self._bases = found.bases
         self._without: frozenset[str] = frozenset()
         self._warned: set[str] = set()
-        self._counts: bool = found.llama
+        self._counts = found.llama
 
     def _ask(self, messages: Sequence[Message], options: ReplyOptions, interrupt: Interrupt) -> Answer:
         """The beginning of the answer; where nobody told its place, all that are left are tried.
