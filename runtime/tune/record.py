@@ -137,7 +137,7 @@ def measured_speed(header: GgufHeader, machine: Machine, settings: Settings) -> 
 
 
 def keep(tuning: Tuning, header: GgufHeader, machine: Machine, settings: Settings) -> Tuning:
-    """Keep ``tuning`` beside what is known of settings that it did not ask for; what is now kept.
+    """Keep ``tuning`` beside what is known of settings that it did not ask for; what is now kept, rounded as it is.
 
     One that failed takes nothing away from what is known. Where nothing can be written, nothing is: the next start
     measures again.
@@ -151,9 +151,10 @@ def keep(tuning: Tuning, header: GgufHeader, machine: Machine, settings: Setting
             found={**{name: known.found[name] for name in rest if name in known.found}, **tuning.found},
             attempts=known.attempts + 1 if known.covers(tuning.asked) else 1,
         )
+    kept = {"form": _FORM, **tuning.as_json()}
     with suppress(FoundryError, OSError):
-        files.write_json(path, {"form": _FORM, **tuning.as_json()})
-    return tuning
+        files.write_json(path, kept)
+    return _parse(kept) or tuning
 
 
 def record_path(header: GgufHeader, machine: Machine, settings: Settings) -> Path:
@@ -178,7 +179,11 @@ def machine_identity(machine: Machine) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Tuning | None:
-    match files.read_json(path):
+    return _parse(files.read_json(path))
+
+
+def _parse(content: object) -> Tuning | None:
+    match content:
         case {
             "form": form,
             "asked": [*asked],

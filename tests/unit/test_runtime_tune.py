@@ -331,6 +331,14 @@ def test_without_a_measurement_the_threads_are_what_the_kernel_grants() -> None:
     ]
 
 
+def test_what_was_just_measured_reads_as_it_does_later(header: GgufHeader) -> None:
+    settings = open_settings()
+    measured = tuning(found={**tuning().found, "n_threads": found(1, {1: 19159.4951, 2: 301.0})})
+    kept = keep(measured, header, HERE, settings)
+    assert kept == recorded(header, HERE, settings)
+    assert kept.found["n_threads"].rate(1) == 19159.5
+
+
 def test_a_record_can_be_read_by_others(header: GgufHeader) -> None:
     settings = open_settings()
     keep(tuning(), header, HERE, settings)
