@@ -38,6 +38,7 @@ from tests.benchmarks.engine_overhead import generated
 from tests.benchmarks.loaded import answer, interleaved, medians, ratio, toolchain_folder
 from tests.fronted_llama import load
 
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo" / "demo-Q4_K_M.gguf"
 PARALLEL = 4
 KEY = secrets.token_hex(16)
 
@@ -53,7 +54,7 @@ class Upstream:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare llama-server with the front before it.")
-    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("model", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--generate", type=int, metavar="M", help="millions of parameters of a random model")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=256)

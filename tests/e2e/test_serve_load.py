@@ -53,6 +53,7 @@ def test_a_reply_that_nobody_waits_for_is_not_computed(busy: Server) -> None:
         stream.close()
         left = sum(child.cpu_times()[:2])
         after_s += idle_s(child) - left
+    print(f"a whole reply {whole_s:.2f} s of processor time; after {LEAVERS} disconnects {after_s:.2f} s")
     assert after_s / LEAVERS <= 0.05 * whole_s
 
 
@@ -62,6 +63,8 @@ def test_overload_is_turned_away_and_what_is_computed_is_of_use(busy: Server) ->
     told: Any = SimpleNamespace(base_url=busy.url, api_key="none")
     alone = asyncio.run(load(busy.url, told, CLIENTS, replies=16))
     crowded = asyncio.run(load(busy.url, told, 4 * (CLIENTS + QUEUE), replies=16))
+    print(f"places in use per decode: {alone.per_decode:.2f} alone, {crowded.per_decode:.2f} crowded")
+    print(f"tokens of whole replies: {crowded.good_tokens} of {crowded.all_tokens:.0f}")
     assert alone.statuses == {200}
     assert {200, 429} <= crowded.statuses <= {200, 429, 503}
     assert crowded.per_decode >= 0.9 * alone.per_decode
