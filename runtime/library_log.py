@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import deque
 from typing import Final
+
+OUT_OF_MEMORY: Final = re.compile(r"failed to allocate|unable to allocate|out of memory|cudaMalloc", re.IGNORECASE)
+"""How the log of the library, and of its programs, says that memory ran out."""
 
 _WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h
 _KEPT_LINES: Final = 2000  # a load tells of each layer

@@ -55,19 +55,22 @@ class Prepared:
     mmproj: Path | None = None
 
 
+def tuning_is_off() -> bool:
+    """Whether FOUNDRY_NO_TUNE says that nothing is to be measured."""
+    return os.environ.get("FOUNDRY_NO_TUNE", "").strip().lower() not in ("", "0", "false", "no")
+
+
 def prepare(
     request: Request,
     purpose: Purpose = "text",
     *,
     sequences: int = 1,
     separate: bool = False,
-    mmproj_bytes: int = 0,
 ) -> Prepared:
     """The model that was typed, with settings for it; the library is asked only where memory is tight.
 
-    ``sequences`` replies are to be decoded together; ``separate`` ones have a context of ``n_ctx`` each. A vision or
-    audio part of ``mmproj_bytes`` lies beside the model. Raises MemoryFitError, with what would fit, when the model
-    does not.
+    ``sequences`` replies are to be decoded together; ``separate`` ones have a context of ``n_ctx`` each. Raises
+    MemoryFitError, with what would fit, when the model does not.
     """
     from runtime.memory import footprint
     from runtime.memory.here import all_headers, plan_here
@@ -92,7 +95,7 @@ def prepare(
         adapters=adapter_headers(request),
         sequences=sequences,
         separate=separate,
-        mmproj_bytes=mmproj_bytes or (footprint.mmproj_bytes(vision) if vision else 0),
+        mmproj_bytes=footprint.mmproj_bytes(vision) if vision else 0,
     )
     if not planned.plan.fits and planned.lessons.shortfalls:
         planned = planned.again(planned.lessons.doubted())  # memory that was short once may be there today

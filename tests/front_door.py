@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG_S = 1800  # a bound against hanging, not an expectation
+PATIENCE_S = 120  # the same for what takes seconds
 
 
 def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
@@ -40,6 +41,22 @@ def run(argv: list[str], *, env: Mapping[str, str | None] | None = None) -> subp
         text=True,
         timeout=LONG_S,
         check=False,
+    )
+
+
+def runtime(
+    environment: Mapping[str, str], *arguments: object, given: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """``python -m runtime ARGUMENTS`` with ``given`` on stdin and no variables but ``environment``, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "runtime", *map(str, arguments)],
+        input=given,
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        **options,
     )
 
 

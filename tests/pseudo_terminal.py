@@ -129,12 +129,21 @@ def at_terminal(
 ) -> Iterator[PseudoTerminal]:
     """``python -m runtime ARGUMENTS`` (or ``python -c PROGRAM``) at a terminal; killed at the end if it still runs."""
     start = ["-c", program] if program else ["-m", "runtime"]
+    with forked([*start, *map(str, arguments)], environment, columns=columns, rows=rows) as (process, descriptor):
+        yield PseudoTerminal(process, descriptor, columns, rows)
+
+
+@contextmanager
+def forked(
+    arguments: Sequence[str], environment: Mapping[str, str], *, columns: int = 80, rows: int = 24
+) -> Iterator[tuple[int, int]]:
+    """(process id, descriptor of its terminal) of a Python with ``arguments``; killed at the end if it still runs."""
     process, descriptor = pty.fork()
     if process == 0:
         _set_size(0, columns, rows)
-        os.execve(sys.executable, [sys.executable, *start, *map(str, arguments)], dict(environment))
+        os.execve(sys.executable, [sys.executable, *arguments], dict(environment))
     try:
-        yield PseudoTerminal(process, descriptor, columns, rows)
+        yield process, descriptor
     finally:
         os.close(descriptor)
         try:

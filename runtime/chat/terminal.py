@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import termios
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -70,7 +71,35 @@ def _take(talk: Talk, screen: Screen, shell: PlainShell | EditedShell) -> None:
         screen.show(asked)
 
 
-class PlainShell:
+class _Asking(ABC):
+    """The Shell that commands see, on whatever way there is to ask for a line."""
+
+    @abstractmethod
+    def ask(self, question: str) -> str:
+        """A line that the user types after ``question``; EOFError and KeyboardInterrupt for Ctrl-D and Ctrl-C."""
+
+    @abstractmethod
+    def edit(self, initial: str) -> str:
+        """The text as the user changes it."""
+
+    def edit_text(self, initial: str) -> str | None:
+        """The text as the user changes it; None after Ctrl-C or Ctrl-D."""
+        try:
+            return self.edit(initial)
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    def show(self, text: str) -> None:
+        console.say(harmless(text))
+
+    def confirm(self, question: str) -> bool:
+        try:
+            return _is_yes(self.ask(f"{question} [y/N] "))
+        except (EOFError, KeyboardInterrupt):
+            return False
+
+
+class PlainShell(_Asking):
     """Lines as the terminal itself gives them; the prompt goes to stderr where stdout belongs to the replies."""
 
     keys = ""
@@ -85,24 +114,15 @@ class PlainShell:
         """The terminal shows them itself."""
         yield
 
-    def edit_text(self, initial: str) -> str | None:
+    def ask(self, question: str) -> str:
+        return _typed(question)
+
+    def edit(self, initial: str) -> str:
         self.show(initial)
-        try:
-            return _typed(EDIT)
-        except (EOFError, KeyboardInterrupt):
-            return None
-
-    def show(self, text: str) -> None:
-        console.say(harmless(text))
-
-    def confirm(self, question: str) -> bool:
-        try:
-            return _is_yes(_typed(f"{question} [y/N] "))
-        except (EOFError, KeyboardInterrupt):
-            return False
+        return _typed(EDIT)
 
 
-class EditedShell:
+class EditedShell(_Asking):
     """Lines edited by prompt_toolkit, with a history, completion, and a bar that tells how full the context is."""
 
     keys = "\nEnter sends, Alt-Enter or Ctrl-J adds a line, Ctrl-C stops a reply."
@@ -140,21 +160,11 @@ class EditedShell:
         finally:
             termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
-    def edit_text(self, initial: str) -> str | None:
-        """The text as the user changes it in the line; None after Ctrl-C or Ctrl-D."""
-        try:
-            return self._session.prompt(EDIT, default=initial)
-        except (EOFError, KeyboardInterrupt):
-            return None
+    def ask(self, question: str) -> str:
+        return prompt(question)
 
-    def show(self, text: str) -> None:
-        console.say(harmless(text))
-
-    def confirm(self, question: str) -> bool:
-        try:
-            return _is_yes(prompt(f"{question} [y/N] "))
-        except (EOFError, KeyboardInterrupt):
-            return False
+    def edit(self, initial: str) -> str:
+        return self._session.prompt(EDIT, default=initial)
 
 
 class ChatCompleter(Completer):

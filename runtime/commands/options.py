@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from runtime.prepare import tuning_is_off
 from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ MODEL_HELP: Final = (
     "a .gguf file, a recipe (recipes/demo.yaml or recipes/demo.yaml:Q8_0) or its name (demo:Q8_0), "
     "or a GGUF repository on the hub (owner/repo or owner/repo:Q4_K_M)"
 )
-
-_OFF: Final = ("", "0", "false", "no")
-"""Values of FOUNDRY_NO_TUNE that leave tuning on."""
 
 SAMPLERS: Final = (
     ("repeat_penalty", float, "X", "above 1 avoids repetition (1: off)"),
@@ -42,7 +39,7 @@ SAMPLERS: Final = (
     ("mirostat_lr", float, "X", "its learning rate (0.1)"),
     ("mirostat_ent", float, "X", "its level (5)"),
 )
-"""Options of the samplers that are off by default: name, type, placeholder, help."""
+"""Options of the samplers that are off by default: name, type, metavar, help."""
 
 
 def model_options(
@@ -66,7 +63,7 @@ def model_options(
     engine.add_argument(
         "--no-tune",
         action="store_true",
-        default=os.environ.get("FOUNDRY_NO_TUNE", "").strip().lower() not in _OFF,
+        default=tuning_is_off(),
         help="compute the threads instead of measuring them once",
     )
     engine.add_argument(

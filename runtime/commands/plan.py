@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime.commands.options import flags_of, model_options, request_of
-from runtime.prepare import settle_with, with_tuning
+from runtime.commands.options import model_options, request_of
+from runtime.prepare import adapter_headers, adapters_bytes, settle_with, with_tuning
 from toolchain.base.errors import ArtifactError, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
@@ -188,31 +188,23 @@ def _require_usable(header: GgufHeader) -> None:
 def _plan(
     arguments: argparse.Namespace, headers: tuple[GgufHeader, ...], recipe: Mapping[str, object], here: Machine
 ) -> Planned:
-    from runtime.engine.adapters import parse_adapter
-    from runtime.memory.footprint import adapter_bytes, mmproj_bytes
+    from runtime.memory.footprint import mmproj_bytes
     from runtime.memory.here import plan_here
     from runtime.settings import asked
-    from toolchain.base.gguf import read_header
+    from runtime.vision_file import vision_part
 
-    settle_with(
-        request_of(arguments), headers[0], here, recipe=recipe
-    )  # a wrong value is told before anything is planned
-    wishes = asked(recipe=recipe, env=os.environ, flags=flags_of(arguments))
+    request = request_of(arguments)
+    settle_with(request, headers[0], here, recipe=recipe)  # a wrong value is told before anything is planned
+    wishes = asked(recipe=recipe, env=os.environ, flags=request.flags)
     devices, build = _machine(arguments, here)
-    adapters = [read_header(parse_adapter(typed)[0]) for typed in arguments.lora]
-    projector = 0
-    if arguments.mmproj:
-        beside = read_header(_path(arguments.mmproj))
-        if beside.kind != "mmproj":
-            raise UsageError(f"--mmproj: {beside.path.name} is no vision or audio part", hint="its name says mmproj")
-        projector = mmproj_bytes(beside)
+    vision = vision_part(arguments.mmproj or None, headers[0].path, look_beside=False)
     return plan_here(
         headers,
         wishes,
         here,
-        mmproj_bytes=projector,
-        adapter_bytes=sum(map(adapter_bytes, adapters)),
-        adapters=adapters,
+        mmproj_bytes=mmproj_bytes(vision) if vision else 0,
+        adapter_bytes=adapters_bytes(request),
+        adapters=adapter_headers(request),
         devices=devices,
         build=build,
     )
@@ -260,9 +252,3 @@ def _settings(
 
 def _described(arguments: argparse.Namespace) -> bool:
     return bool(arguments.vram or arguments.ram or arguments.unified)
-
-
-def _path(typed: str) -> Any:
-    from toolchain.base import files
-
-    return files.expand(typed)

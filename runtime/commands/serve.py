@@ -6,9 +6,10 @@ import argparse
 import math
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.commands.options import flags_of, model_options
+from runtime.commands.options import flags_of, model_options, request_of
 from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """What the command line asks for; UsageError for what makes no sense with several models."""
-    from runtime.prepare import Request
     from runtime.serve.presets import expand
     from runtime.serve.run import Options
     from toolchain.base import files
@@ -105,16 +105,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     typed = expand(arguments.model)
     if len(typed) > 1 and (given := [name for name in ("lora", "mmproj", "pooling") if getattr(arguments, name)]):
         raise UsageError(f"--{given[0]} belongs to one model, and {len(typed)} are named", hint="serve that one alone")
-    requests = [
-        Request(
-            model=each,
-            flags=flags_of(arguments),
-            lora=tuple(arguments.lora),
-            tune=not arguments.no_tune,
-            verbose=arguments.verbose,
-        )
-        for each in typed
-    ]
+    common = replace(request_of(arguments), mmproj=arguments.mmproj)
+    requests = [replace(common, model=each) for each in typed]
     return Options(
         requests=requests,
         host=arguments.host,
@@ -128,7 +120,6 @@ def options_of(arguments: argparse.Namespace) -> Options:
         ui=arguments.ui,
         models_max=arguments.models_max,
         allow_admin=arguments.allow_admin,
-        mmproj=files.expand(arguments.mmproj) if arguments.mmproj else None,
         pooling=arguments.pooling,
         json=arguments.json,
         verbose=arguments.verbose,

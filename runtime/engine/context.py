@@ -7,7 +7,6 @@ How far that goes, and why not to the last common token, is told in ``prefix``.
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,15 +14,12 @@ from runtime.engine.model import Model
 from runtime.engine.prefix import TILE_ROWS, Checkpoint, Checkpoints, common_prefix, resumable
 from runtime.engine.reply import FinishReason
 from runtime.interrupts import Interrupt
+from runtime.library_log import OUT_OF_MEMORY
 from toolchain.base.errors import FoundryError, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
     from runtime.engine.adapters import Adapter
     from runtime.settings import Settings
-
-OUT_OF_MEMORY: Final = re.compile(r"failed to allocate|unable to allocate|out of memory|cudaMalloc", re.IGNORECASE)
-"""How the library's log says that memory ran out."""
-
 
 PARTIAL_ONLY: Final = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h: the part of a state that cannot be cut."""

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.engine.adapters import Adapter, apply_adapters
-from runtime.engine.context import OUT_OF_MEMORY, too_large
+from runtime.engine.context import too_large
 from runtime.engine.model import Model
 from runtime.interrupts import Interrupt
+from runtime.library_log import OUT_OF_MEMORY
 from runtime.settings import Settings
 from toolchain.base.errors import FoundryError, UsageError
 

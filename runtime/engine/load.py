@@ -8,12 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from runtime.engine.context import OUT_OF_MEMORY, Context, too_large
+from runtime.engine.context import Context, too_large
 from runtime.engine.engine import Engine
 from runtime.engine.model import Model
 from runtime.engine.placement import apply_placement
 from runtime.interrupts import Interrupt
 from runtime.library import import_library, route_log
+from runtime.library_log import OUT_OF_MEMORY
 from runtime.settings import KV_TYPES, OUTPUT_ROWS, Settings, sequences_made
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.ggml_types import GGML_TYPES_BY_NAME

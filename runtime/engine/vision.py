@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from runtime.engine.context import OUT_OF_MEMORY, Context, too_large
+from runtime.engine.context import Context, too_large
 from runtime.engine.identity import gguf_identity
 from runtime.engine.images import Picture, decode_image
 from runtime.engine.model import Model
 from runtime.engine.seen import Part, Seen, Span, words
 from runtime.library import import_vision_library
+from runtime.library_log import OUT_OF_MEMORY
 from toolchain.base import console
 from toolchain.base.errors import ArtifactError, FoundryError, MemoryFitError, UsageError
 

@@ -47,7 +47,7 @@ def requested(asked: Asked) -> tuple[Request, GgufHeader]:
     was said.
     """
     from runtime.model_file import open_model
-    from runtime.prepare import Request
+    from runtime.prepare import Request, tuning_is_off
 
     typed = _with_quant(str(asked.model_path), asked.quantize_format)
     if asked.is_70b:
@@ -64,7 +64,7 @@ def requested(asked: Asked) -> tuple[Request, GgufHeader]:
         model=typed,
         flags=flags,
         lora=tuple(map(spelled_lora, asked.lora)),
-        tune=asked.tune and not _tuning_is_off(),
+        tune=asked.tune and not tuning_is_off(),
         verbose=asked.verbose > 1,
     )
     return request, header
@@ -142,10 +142,6 @@ def _n_ctx(asked: int, header: GgufHeader, resolved: Resolved) -> int | None:
     if "n_ctx" in resolved.runtime or os.environ.get(f"{ENV_PREFIX}N_CTX", "").strip():
         return None
     return min(asked, header.n_ctx_train or asked)
-
-
-def _tuning_is_off() -> bool:
-    return os.environ.get("FOUNDRY_NO_TUNE", "").strip().lower() not in ("", "0", "false", "no")
 
 
 def as_loras(given: Lora | Sequence[Lora] | None) -> tuple[Lora, ...]:

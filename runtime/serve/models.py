@@ -26,9 +26,7 @@ class ModelPlan:
     plan: MemoryPlan
 
 
-def plan_model(
-    request: Request, *, parallel: int | None, mmproj: Path | None = None, pooling: str | None = None
-) -> ModelPlan:
+def plan_model(request: Request, *, parallel: int | None, pooling: str | None = None) -> ModelPlan:
     """The model that ``request`` names, for ``parallel`` clients (None: 4, 2 or 1; nothing gives way for them).
 
     Raises as ``prepare`` does; UsageError for a model that makes neither text nor vectors.
@@ -45,7 +43,7 @@ def plan_model(
         raise UsageError(f"--pooling {pooling}: {resolved.path.name} writes text", hint="serve it without --pooling")
     if purpose == "embeddings":
         request = _whole_batches(request, resolved)
-    prepared = prepare(request, purpose, sequences=parallel or 1, separate=True, mmproj_bytes=_projector_bytes(mmproj))
+    prepared = prepare(request, purpose, sequences=parallel or 1, separate=True)
     check_adapters(prepared.header.path, request)
     clients = parallel or 1
     if parallel is None:
@@ -60,7 +58,7 @@ def plan_model(
         settings=prepared.settings,
         parallel=clients,
         lora=tuple((path.absolute(), scale) for path, scale in map(parse_adapter, request.lora)),
-        mmproj=mmproj.absolute() if mmproj else None,
+        mmproj=prepared.mmproj.absolute() if prepared.mmproj else None,
         pooling=pooling,
         free_bytes=max(0, plan.devices[0].left_bytes),
     )
@@ -172,18 +170,6 @@ def _whole_batches(request: Request, resolved: Resolved) -> Request:
     n_ctx = int(wishes["n_ctx"].value) if "n_ctx" in wishes else min(trained, DEFAULT_N_CTX)
     batches = {name: n_ctx for name in ("n_batch", "n_ubatch") if name not in wishes}
     return replace(request, flags={**request.flags, **batches})
-
-
-def _projector_bytes(mmproj: Path | None) -> int:
-    from runtime.memory.footprint import mmproj_bytes
-    from toolchain.base.gguf import read_header
-
-    if mmproj is None:
-        return 0
-    header = read_header(mmproj)
-    if header.kind != "mmproj":
-        raise UsageError(f"--mmproj: {mmproj.name} is no vision or audio part", hint="its name says mmproj")
-    return mmproj_bytes(header)
 
 
 def _tell_untuned(prepared: Prepared, request: Request) -> None:

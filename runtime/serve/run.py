@@ -42,7 +42,6 @@ class Options:
     ui: bool
     models_max: int | None
     allow_admin: bool
-    mmproj: Path | None = None
     pooling: str | None = None
     json: bool = False
     verbose: bool = False
@@ -69,8 +68,7 @@ def prepare_service(options: Options) -> Service:
     if options.models_max is not None and options.models_max < 1:
         raise UsageError(f"--models-max {options.models_max}: at least one model has to be loaded")
     planned = [
-        models.plan_model(request, parallel=options.parallel, mmproj=options.mmproj, pooling=options.pooling)
-        for request in options.requests
+        models.plan_model(request, parallel=options.parallel, pooling=options.pooling) for request in options.requests
     ]
     if len(planned) == 1:
         only = planned[0].model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
+from runtime.library_log import OUT_OF_MEMORY
 from toolchain.base import console
 from toolchain.base.errors import FoundryError, MemoryFitError
 from toolchain.base.service import Service, start_service
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 _POLL_S: Final = 0.05
 _CPU_OF_IDLE: Final = 0.02  # of a processor: a child that does less does nothing
-OUT_OF_MEMORY: Final = re.compile(r"failed to allocate|unable to allocate|out of memory|cudaMalloc", re.IGNORECASE)
-"""Of llama-server's log, as of the library's (runtime/engine/context.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import pytest
 
 from runtime.conversation.tracker import Conversation
 from tests.e2e.test_engine_state import write_adapter
+from tests.front_door import runtime
 from tests.generated_models import write_model
 from tests.generated_vision import N_TOKENS, picture, write_mmproj, write_text_model
 from toolchain.base.files import PROJECT_ROOT
@@ -63,16 +64,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def chat(environment: dict[str, str], *arguments: object, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", "chat", *map(str, arguments)],
-        input=given,
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    return runtime(environment, "chat", *arguments, given=given, errors="replace")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from runtime.chat.endpoint import connect
 from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import Interrupt
 from tests.failing_server import answer, chat, failing_server
+from tests.front_door import runtime
 from toolchain.base.errors import FetchError
 from toolchain.base.files import PROJECT_ROOT
 from toolchain.base.gguf import read_header
@@ -207,15 +207,8 @@ def chat_on_pipe(
     secret = ("FOUNDRY_", "OPENAI_", "LLAMA_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(secret)}
     own = {"FOUNDRY_HOME": str(tmp_path / "home"), "TERM": "dumb", "PYTHONPATH": str(PROJECT_ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", "chat", "--endpoint", url, *arguments],
-        input=given,
-        env={**clean, **own, **({"FOUNDRY_API_KEY": key} if key else {})},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    environment = {**clean, **own, **({"FOUNDRY_API_KEY": key} if key else {})}
+    return runtime(environment, "chat", "--endpoint", url, *arguments, given=given)
 
 
 def test_chat_talks_with_a_server(server: LlamaServer, tmp_path: Path) -> None:

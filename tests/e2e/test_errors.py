@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import gguf
 import pytest
 
+from tests.front_door import runtime
 from tests.generated_models import write_model
 from tests.loopback_hub import serve_hub
 from tests.tiny_bert import write_bert
@@ -19,7 +19,6 @@ from toolchain.base import files
 from toolchain.base.files import PROJECT_ROOT
 from toolchain.build.toolchain import Toolchain
 
-PATIENCE_S = 120
 N_CTX = 512
 VERBS = {"chat": (), "complete": ("-p", "x", "-n", "2")}
 
@@ -39,16 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(environment: dict[str, str], verb: str, model: object, *options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", verb, str(model), *VERBS[verb], *map(str, options)],
-        cwd=PROJECT_ROOT,
-        input="hello\n",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    return runtime(environment, verb, model, *VERBS[verb], *options, given="hello\n", cwd=PROJECT_ROOT)
 
 
 def small(path: Path, template: str = "") -> Path:

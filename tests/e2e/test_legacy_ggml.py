@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
-from tests.front_door import json_without_processes, leftovers
+from tests.front_door import json_without_processes, leftovers, runtime
 from tests.legacy_ggml_files import write_legacy
 from toolchain.base import files
 from toolchain.base.files import PROJECT_ROOT
@@ -42,17 +42,7 @@ def models(tmp_path: Path) -> Path:
 
 
 def run(environment: dict[str, str], *arguments: object, given: str = "") -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "runtime", *map(str, arguments)]
-    return subprocess.run(
-        argv,
-        cwd=PROJECT_ROOT,
-        input=given,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    return runtime(environment, *arguments, given=given, cwd=PROJECT_ROOT)
 
 
 def complete(environment: dict[str, str], model: Path) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -19,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.front_door import runtime
+from tests.pseudo_terminal import forked
 from toolchain.base.files import PROJECT_ROOT
 from toolchain.base.gguf import read_header
 from toolchain.build.toolchain import Toolchain
@@ -61,21 +62,6 @@ def with_context_length(model: Path, n_ctx: int) -> bytes:
     return bytes(raw)
 
 
-def run(
-    environment: dict[str, str], *arguments: object, given: str = "", **options: Any
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", *map(str, arguments)],
-        input=given,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-        **options,
-    )
-
-
 @pytest.mark.parametrize(
     "verb", [("complete", "-p", PROMPT), ("complete", "-p", PROMPT, "--json"), ("chat",), ("plan",)], ids=" ".join
 )
@@ -111,7 +97,7 @@ def test_closed_stream_is_an_empty_one(
 
 
 def complete_json(environment: dict[str, str], model: Path, *arguments: object, **options: Any) -> dict[str, Any]:
-    done = run(environment, "complete", model, "-p", PROMPT, "--json", *arguments, **options)
+    done = runtime(environment, "complete", model, "-p", PROMPT, "--json", *arguments, **options)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
@@ -119,18 +105,20 @@ def complete_json(environment: dict[str, str], model: Path, *arguments: object, 
 
 
 def test_first_start_measures_and_the_figures_come_last(environment: dict[str, str], demo_gguf: Path) -> None:
-    done = run({**environment, "FOUNDRY_NO_TUNE": ""}, "complete", demo_gguf, "-p", PROMPT, "-n", 4)
+    done = runtime({**environment, "FOUNDRY_NO_TUNE": ""}, "complete", demo_gguf, "-p", PROMPT, "-n", 4)
     assert done.returncode == 0, done.stderr
     told, figures = done.stderr.splitlines()
     assert "once (seconds; --no-tune skips it)" in told
     assert figures.startswith("4 tokens, ")
-    again = run({**environment, "FOUNDRY_NO_TUNE": ""}, "complete", demo_gguf, "-p", PROMPT, "-n", 4, "--n-threads", 1)
+    again = runtime(
+        {**environment, "FOUNDRY_NO_TUNE": ""}, "complete", demo_gguf, "-p", PROMPT, "-n", 4, "--n-threads", 1
+    )
     assert again.returncode == 0, again.stderr
     assert "; 1 thread" in again.stderr
 
 
 def test_complete_prints_text_and_one_line_of_figures(environment: dict[str, str], demo_gguf: Path) -> None:
-    done = run(environment, "complete", demo_gguf, "-p", PROMPT, "-n", 16)
+    done = runtime(environment, "complete", demo_gguf, "-p", PROMPT, "-n", 16)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert re.search(r"^\d+ tokens?, \d+ t/s generation; \d+ prompt tokens \(0 cached\)", done.stderr)
@@ -151,7 +139,7 @@ def test_streamed_text_is_the_text_of_json_also_where_characters_break(
     environment: dict[str, str], demo_gguf: Path
 ) -> None:
     wild = ("--temp", 5, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--seed", 3, "-n", 64)
-    streamed = run(environment, "complete", demo_gguf, "-p", PROMPT, *wild).stdout
+    streamed = runtime(environment, "complete", demo_gguf, "-p", PROMPT, *wild).stdout
     assert streamed.removesuffix("\n") == complete_json(environment, demo_gguf, *wild)["text"].removesuffix("\n")
 
 
@@ -202,13 +190,13 @@ def test_stop_string_ends_the_reply_and_is_not_shown(environment: dict[str, str]
 
 def test_prompt_may_come_through_a_pipe(environment: dict[str, str], demo_gguf: Path) -> None:
     greedy = ("-n", 12, "--temp", 0, "--no-stats")
-    piped = run(environment, "complete", demo_gguf, *greedy, given=f"{PROMPT}\n")
-    named = run(environment, "complete", demo_gguf, *greedy, "-p", PROMPT)
+    piped = runtime(environment, "complete", demo_gguf, *greedy, given=f"{PROMPT}\n")
+    named = runtime(environment, "complete", demo_gguf, *greedy, "-p", PROMPT)
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, named.stdout, "")
 
 
 def test_verbose_shows_the_librarys_log_and_only_then(environment: dict[str, str], demo_gguf: Path) -> None:
-    done = run(environment, "complete", demo_gguf, "-p", PROMPT, "-n", 1, "--verbose")
+    done = runtime(environment, "complete", demo_gguf, "-p", PROMPT, "-n", 1, "--verbose")
     assert "llama_model_loader" in done.stderr
     assert "llama_model_loader" not in done.stdout
 
@@ -276,14 +264,14 @@ def test_wrong_values_are_usage_errors(environment: dict[str, str], demo_gguf: P
         (("--top-p", 7), "--top-p"),
         (("-p", "word " * 2 * (trained or 4096)), "the context holds"),
     ]:
-        done = run(environment, "complete", demo_gguf, "-p", PROMPT, *arguments)
+        done = runtime(environment, "complete", demo_gguf, "-p", PROMPT, *arguments)
         assert done.returncode == 2, done.stderr
         assert said in done.stderr
         assert done.stdout == ""
 
 
 def test_missing_model_is_a_usage_error_with_its_neighbour(environment: dict[str, str], demo_gguf: Path) -> None:
-    done = run(environment, "complete", demo_gguf.with_suffix(".ggu"), "-p", PROMPT)
+    done = runtime(environment, "complete", demo_gguf.with_suffix(".ggu"), "-p", PROMPT)
     assert done.returncode == 2
     assert f"did you mean {demo_gguf.name}?" in done.stderr
 
@@ -297,7 +285,7 @@ def test_model_that_the_library_refuses_is_told_in_its_words(
     raw = demo_gguf.read_bytes().replace(f"{architecture}.".encode(), f"{strange}.".encode())
     at = raw.index(architecture.encode(), raw.index(b"general.architecture"))
     path.write_bytes(raw[:at] + strange.encode() + raw[at + len(strange) :])
-    done = run(environment, "complete", path, "-p", PROMPT)
+    done = runtime(environment, "complete", path, "-p", PROMPT)
     assert done.returncode == 6
     assert f"unknown model architecture: '{strange}'" in done.stderr
 
@@ -307,7 +295,7 @@ def test_context_beyond_the_machines_memory_is_refused_and_not_killed(
 ) -> None:
     path = tmp_path / "vast.gguf"
     path.write_bytes(with_context_length(demo_gguf, 2**31 - 1))
-    done = run(environment, "complete", path, "-p", PROMPT, "--n-ctx", 2**31 - 1)
+    done = runtime(environment, "complete", path, "-p", PROMPT, "--n-ctx", 2**31 - 1)
     assert done.returncode == 7
     assert "does not fit in memory" in done.stderr
     assert "--n-ctx" in done.stderr
@@ -316,7 +304,7 @@ def test_context_beyond_the_machines_memory_is_refused_and_not_killed(
 def test_library_of_another_build_is_told_and_names_the_build(
     environment: dict[str, str], demo_gguf: Path, tmp_path: Path
 ) -> None:
-    done = run({**environment, "LLAMA_CPP_LIB_PATH": str(tmp_path)}, "complete", demo_gguf, "-p", PROMPT)
+    done = runtime({**environment, "LLAMA_CPP_LIB_PATH": str(tmp_path)}, "complete", demo_gguf, "-p", PROMPT)
     assert done.returncode == 3
     assert "`./inv build`" in done.stderr
 
@@ -358,7 +346,7 @@ def test_chat_on_a_pipe_answers_each_line_and_ends(
 ) -> None:
     saved = tmp_path / "talk.json"
     lines = f"What is a class?\n\nAnd a\\\nfunction?\n/save {saved}\n"
-    done = run(environment, "chat", demo_gguf, "-n", 12, "--seed", 1, "--system", "Be brief.", given=lines)
+    done = runtime(environment, "chat", demo_gguf, "-n", 12, "--seed", 1, "--system", "Be brief.", given=lines)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert len(re.findall(r"t/s generation", done.stderr)) == 2
@@ -370,7 +358,7 @@ def test_chat_on_a_pipe_answers_each_line_and_ends(
 
 
 def test_second_turn_reuses_the_first_ones_cache(environment: dict[str, str], demo_gguf: Path) -> None:
-    done = run(environment, "chat", demo_gguf, "-n", 8, "--temp", 0, given="What is a class?\nWhy?\n")
+    done = runtime(environment, "chat", demo_gguf, "-n", 8, "--temp", 0, given="What is a class?\nWhy?\n")
     cached = [int(count) for count in re.findall(r"\((\d+) cached\)", done.stderr)]
     assert cached[0] == 0
     assert cached[1] > 5
@@ -378,7 +366,7 @@ def test_second_turn_reuses_the_first_ones_cache(environment: dict[str, str], de
 
 def test_overflowing_context_drops_old_turns_and_goes_on(environment: dict[str, str], demo_gguf: Path) -> None:
     lines = "".join(f"Tell me about number {n} and what it means.\n" for n in range(8))
-    done = run(environment, "chat", demo_gguf, "--n-ctx", 96, "-n", 24, given=lines)
+    done = runtime(environment, "chat", demo_gguf, "--n-ctx", 96, "-n", 24, given=lines)
     assert done.returncode == 0, done.stderr
     assert "left out of the prompt" in done.stderr
     assert len(re.findall(r"t/s generation", done.stderr)) == 8
@@ -388,14 +376,14 @@ def test_message_larger_than_the_context_is_told_and_the_chat_goes_on(
     environment: dict[str, str], demo_gguf: Path
 ) -> None:
     lines = f"{'word ' * 200}\nWhat is a class?\n"
-    done = run(environment, "chat", demo_gguf, "--n-ctx", 64, "-n", 8, given=lines)
+    done = runtime(environment, "chat", demo_gguf, "--n-ctx", 64, "-n", 8, given=lines)
     assert done.returncode == 2
     assert "the context holds 64" in done.stderr
     assert len(re.findall(r"t/s generation", done.stderr)) == 1
 
 
 def test_unknown_command_on_a_pipe_gives_its_code(environment: dict[str, str], demo_gguf: Path) -> None:
-    done = run(environment, "chat", demo_gguf, given="/sav x\n/quit\nnever asked\n")
+    done = runtime(environment, "chat", demo_gguf, given="/sav x\n/quit\nnever asked\n")
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean /save?" in done.stderr
 
@@ -466,18 +454,8 @@ class Terminal:
 @contextmanager
 def on_terminal(environment: dict[str, str], arguments: Sequence[object]) -> Iterator[tuple[int, Terminal]]:
     """(process id, terminal) of ``python -m runtime ...``; killed at the end if it still runs."""
-    process, descriptor = pty.fork()
-    if process == 0:
-        os.execve(sys.executable, [sys.executable, "-m", "runtime", *map(str, arguments)], environment)
-    try:
+    with forked(["-m", "runtime", *map(str, arguments)], environment) as (process, descriptor):
         yield process, Terminal(descriptor)
-    finally:
-        os.close(descriptor)
-        try:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
 
 
 def test_ctrl_c_at_a_terminal_stops_the_reply_and_not_the_program(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.serving import PATIENCE_S, Server, environment, serving
+from tests.front_door import runtime
+from tests.serving import Server, environment, serving
 
 __all__ = ["environment"]
 
@@ -38,15 +38,8 @@ def server(environment: dict[str, str], demo_gguf: Path, tmp_path_factory: pytes
 def chat(
     server: Server, environment: Mapping[str, str], given: str, *arguments: str, key: str = KEY
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "runtime", "chat", "--endpoint", server.url, *arguments],
-        input=given,
-        env={**environment, "FOUNDRY_API_KEY": key},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    keyed = {**environment, "FOUNDRY_API_KEY": key}
+    done = runtime(keyed, "chat", "--endpoint", server.url, *arguments, given=given)
     assert "Traceback" not in done.stderr
     assert key not in done.stdout + done.stderr
     return done

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from runtime.engine.sampling import SamplingOptions
 from runtime.engine.seen import Seen
 from runtime.interrupts import Interrupt
 from runtime.settings import Settings, settle
+from tests.front_door import runtime
 from tests.generated_vision import (
     N_TOKENS,
     Kind,
@@ -39,7 +39,6 @@ from toolchain.base.errors import UsageError
 from toolchain.base.files import PROJECT_ROOT
 from toolchain.build.toolchain import Toolchain
 
-PATIENCE_S = 120
 GREEDY = SamplingOptions(temp=0.0)
 KINDS: dict[str, tuple[Callable[[Path], Path], Kind]] = {
     "llama": (write_text_model, "mlp"),
@@ -332,22 +331,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def complete(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    return runtime(environment, "complete", *arguments)
+    return briefly(environment, "complete", *arguments)
 
 
-def runtime(
+def briefly(
     environment: dict[str, str], verb: str, *arguments: object, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", verb, *map(str, arguments), "-n", "8", "--temp", "0"],
-        cwd=PROJECT_ROOT,
-        input=given,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    return runtime(environment, verb, *arguments, "-n", "8", "--temp", "0", given=given, cwd=PROJECT_ROOT)
 
 
 def test_complete_looks_at_an_image_with_the_vision_part_beside_the_model(
@@ -380,16 +370,16 @@ def test_a_vision_part_comes_with_its_model_from_the_hub_where_images_are_asked_
     own = {**environment, "HF_HOME": str(tmp_path / "hf")}
     with serve_hub({"acme/eye": held}) as hub:
         own["HF_ENDPOINT"] = hub.url
-        words = runtime(own, "complete", "acme/eye", "-p", "say")
+        words = briefly(own, "complete", "acme/eye", "-p", "say")
         assert "mmproj" not in words.stderr
-        first = runtime(own, "complete", "acme/eye", "--image", image, "-p", "say")
+        first = briefly(own, "complete", "acme/eye", "--image", image, "-p", "say")
     assert first.returncode == 0, first.stderr
     assert "fetch acme/eye mmproj-eye-f16.gguf" in first.stderr
-    again = runtime(own, "complete", "acme/eye", "--image", image, "-p", "say")
+    again = briefly(own, "complete", "acme/eye", "--image", image, "-p", "say")
     assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
     assert "fetch" not in again.stderr
     assert words.stdout != first.stdout
-    blind = runtime(own, "complete", "acme/eye", "--image", image, "-p", "say", "--no-mmproj")
+    blind = briefly(own, "complete", "acme/eye", "--image", image, "-p", "say", "--no-mmproj")
     assert blind.returncode == 2
     assert "does not see" in blind.stderr
 
@@ -403,7 +393,7 @@ def test_chat_looks_at_an_image_and_remembers_it_in_the_next_turn(
     said = {}
     for name, raw in (("cat", CAT), ("dog", DOG)):
         (tmp_path / f"{name}.png").write_bytes(raw)
-        done = runtime(environment, "chat", model, given=f"/image {tmp_path / name}.png what\nand now\n")
+        done = briefly(environment, "chat", model, given=f"/image {tmp_path / name}.png what\nand now\n")
         assert done.returncode == 0, done.stderr
         said[name] = done.stdout
         first, then = re.findall(r"prompt tokens \((\d+) cached\)", done.stderr)

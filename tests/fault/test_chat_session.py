@@ -32,20 +32,20 @@ def environment(home: Path) -> dict[str, str | None]:
 
 
 def chat(model: Path) -> list[str]:
-    return [sys.executable, "-m", "runtime", "chat", str(model), *GREEDY, "--session", "work"]
+    return [sys.executable, "-m", "runtime", "chat", str(model), *GREEDY, "--session", "trip"]
 
 
 def test_full_disk_is_told_each_turn_and_leaves_the_turn_before(model: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     subprocess.run(chat(model), input="one\n", env={**os.environ, **environment(whole)}, text=True, check=True)  # type: ignore[arg-type]
-    first = sha256_file(whole / "sessions" / "work" / "talk.yaml")
+    first = sha256_file(whole / "sessions" / "trip" / "talk.yaml")
     home = tmp_path / "home"
     argv = ["sh", "-c", f'({LINES}) | "$@"', "sh", *chat(model)]
     done, left = on_small_disk("64m", home, argv, env=environment(home), fill_after="state.bin")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("t/s generation") == 3
-    assert "of session work was not kept: " in done.stderr
-    assert left["sessions/work/talk.yaml"] == first
+    assert "of session trip was not kept: " in done.stderr
+    assert left["sessions/trip/talk.yaml"] == first
     assert not [name for name in left if ".partial-" in name]
 
 
@@ -67,7 +67,7 @@ def test_chat_killed_at_any_moment_leaves_whole_turns(model: Path, tmp_path: Pat
         time.sleep(wait_s)
         child.kill()
         child.communicate()
-        path = tmp_path / "sessions" / "work" / "talk.yaml"
+        path = tmp_path / "sessions" / "trip" / "talk.yaml"
         conversation = Conversation.load(path) if path.exists() else Conversation()
         roles = [message["role"] for message in conversation.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -84,6 +84,6 @@ def test_chat_killed_at_any_moment_leaves_whole_turns(model: Path, tmp_path: Pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert f"session work: {kept // 2} turn" in done.stderr
+    assert f"session trip: {kept // 2} turn" in done.stderr
     assert "is damaged" not in done.stderr
-    assert not list((tmp_path / "sessions" / "work").glob(".partial-*"))
+    assert not list((tmp_path / "sessions" / "trip").glob(".partial-*"))

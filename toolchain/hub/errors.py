@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import email.utils
 import logging
 import os
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from toolchain.base import files
 from toolchain.base.errors import FetchError, FoundryError, UsageError
+from toolchain.base.patience import causes, retry_after_s
 
 if TYPE_CHECKING:
     import httpx2
@@ -126,7 +125,7 @@ def _wait_s(error: Exception, nth: int) -> float | None:
     import httpx2
 
     usual_s = _FIRST_WAIT_S * (1 << (nth - 1))
-    for cause in _chain(error):
+    for cause in causes(error):
         if (response := _answer(cause)) is not None:
             if response.status_code not in _BUSY:
                 return None
@@ -142,26 +141,10 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
     """Seconds the server asks us to wait: Retry-After (a number or a date), else the RateLimit header."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
-    stated = response.headers.get("Retry-After", "").strip()
-    if stated.isdigit():
-        return float(stated)
-    if stated:
-        try:
-            return max(0.0, email.utils.parsedate_to_datetime(stated).timestamp() - time.time())
-        except ValueError:
-            return None
+    if stated := response.headers.get("Retry-After", "").strip():
+        return retry_after_s(stated)
     limit = parse_ratelimit_headers(response.headers)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def _answer(error: BaseException) -> httpx2.Response | None:
@@ -174,7 +157,7 @@ def _explain(error: Exception, where: Where) -> FoundryError:
     """The failure in our words: what, evidence, next step. Told by the first cause we know."""
     from huggingface_hub import constants
 
-    for cause in _chain(error):
+    for cause in causes(error):
         said = _safe(str(cause).strip()) or type(cause).__name__
         if (response := _answer(cause)) is not None:
             return _explain_answer(response, where)

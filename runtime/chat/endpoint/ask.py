@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from runtime.chat.endpoint.errors import NotAnAnswerError, Refusal, Server, is_o
 from runtime.chat.endpoint.wire import Answer, Cancelled, Wire
 from toolchain.base import console
 from toolchain.base.errors import FetchError
+from toolchain.base.patience import retry_after_s
 
 if TYPE_CHECKING:
     from runtime.interrupts import Interrupt
@@ -110,7 +110,7 @@ def _read_refusal(answer: Answer, server: Server, method: str, url: str) -> Refu
         words=server.safe(words),
         code=server.safe(code),
         body=server.safe(text, limit=4000),
-        retry_after_s=_retry_after_s(headers.get("retry-after", "")),
+        retry_after_s=retry_after_s(headers.get("retry-after", "")),
         location=server.safe(_absolute(url, headers.get("location", ""))),
         method=method,
         url=url,
@@ -158,17 +158,6 @@ def _wait_s(refusal: Refusal, nth: int) -> float | None:
     asked_s = refusal.retry_after_s
     wait_s = FIRST_WAIT_S * (1 << (nth - 1)) if asked_s is None else asked_s
     return wait_s if wait_s <= LONGEST_WAIT_S else None
-
-
-def _retry_after_s(stated: str) -> float | None:
-    """Seconds in a Retry-After, which is a number or a date."""
-    stated = stated.strip()
-    if stated.isascii() and stated.replace(".", "", 1).isdigit():
-        return float(stated[:12])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(stated).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, OSError):
-        return None
 
 
 def _sleep(seconds: float, interrupt: Interrupt) -> None:

@@ -7,7 +7,7 @@ import re
 import socket
 import ssl
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,6 +15,7 @@ from typing import Final
 from runtime.chat.backend import ContextFullError
 from runtime.chat.endpoint.address import VERSION, parse_address
 from toolchain.base.errors import FetchError, UsageError
+from toolchain.base.patience import causes
 
 _SHOWN: Final = 500
 """Characters of a server's own words that are shown."""
@@ -82,10 +83,10 @@ def unreachable(error: Exception, server: Server, *, connect_s: float) -> FetchE
     """Why there is no connection, or none any more; ``error`` is httpx2's and is not kept: it holds the request."""
     import httpx2
 
-    causes = list(_chain(error))[::-1]  # the innermost first, which says most
-    said = f"{type(causes[0]).__name__}: {causes[0]}"
+    chain = list(causes(error))[::-1]  # the innermost first, which says most
+    said = f"{type(chain[0]).__name__}: {chain[0]}"
     told = None
-    for cause in causes:
+    for cause in chain:
         match cause:
             case socket.gaierror():
                 told = f"there is no host of the name in {server}", "check the spelling and the network"
@@ -230,13 +231,3 @@ def _without_key(text: str, key: str) -> str:
 def _ended_early(error: Exception) -> bool:
     """httpx2 has one class for a peer that goes away and for one that talks nonsense."""
     return "disconnected" in str(error) or "closed connection" in str(error)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
