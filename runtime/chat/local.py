@@ -13,8 +13,8 @@ from runtime.chat.backend import Figures, Piece, ReplyOptions
 from runtime.conversation.messages import Message, images_of
 from runtime.conversation.reasoning import CLOSE, OPEN, ReasoningSplitter
 from runtime.prepare import Prepared, Request, load_engine, prepare
-from runtime.template import ChatTemplate, chat_template
 from toolchain.base import console
+from toolchain.base.chat_template import ChatTemplate, chat_template
 from toolchain.base.errors import FoundryError, UsageError
 
 if TYPE_CHECKING:

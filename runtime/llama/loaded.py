@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from runtime.llama.describe import LoadResourceInfo, ModelMetaInfo
     from runtime.llama.finish import FinishMeta
     from runtime.prepare import Prepared, Request
-    from runtime.template import ChatTemplate
+    from toolchain.base.chat_template import ChatTemplate
     from toolchain.base.gguf import GgufHeader
 
 
@@ -236,7 +236,7 @@ class Loaded(Tracked):
     def _load(self, request: Request, header: GgufHeader) -> None:
         from runtime.interrupts import interrupts_noted
         from runtime.prepare import load_engine, prepare
-        from runtime.template import chat_template
+        from toolchain.base.chat_template import chat_template
 
         prepared, template = prepare(request), chat_template(header)
         with _bar(prepared.planned.headers, self.verbose) as progress, interrupts_noted() as interrupt:

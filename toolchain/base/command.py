@@ -29,6 +29,7 @@ CPUs, generation can fall to a thousandth. The figures behind this bound stand i
 CUDA_DEFAULTS: Mapping[str, str] = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """CUDA numbers GPUs by speed unless told otherwise, NVML by PCI bus: with this both mean the same card by a number."""
 TAIL_LINES = 20
+GRACE_S = 5.0
 _WINDOW = 4096  # characters of recent output that a progress parser sees
 
 Child: TypeAlias = subprocess.Popen[bytes]
@@ -55,19 +56,22 @@ def run(
     log: Path | None = None,
     parse: ParseProgress | None = None,
     on_progress: OnProgress | None = None,
+    on_line: Callable[[str], None] | None = None,
     keep: int = 1 << 20,
+    grace_s: float = GRACE_S,
     hint: str = "",
 ) -> Finished:
-    """Run ``argv`` to its end, with stdout and stderr merged.
+    """Run ``argv`` to its end, with stdout and stderr merged; ``on_line`` gets each whole line.
 
     All output goes to ``log`` (appended, behind the command line); the last ``keep`` characters are
-    returned. ``env`` is added to our environment (None takes a variable away). Raises MissingError when
+    returned. ``env`` is added to our environment (None takes a variable away). Interrupted, the child has ``grace_s``
+    to end by itself. Raises MissingError when
     the program is not there or the disk is full, CommandError (with the last lines, the command and the
     log) when it fails.
     """
     command = [str(part) for part in argv]
     started = time.monotonic()
-    text = ""
+    text = unfinished = ""
     child = _start(
         command,
         what=what,
@@ -85,12 +89,17 @@ def run(
         while chunk := os.read(child.stdout.fileno(), 1 << 16):
             if sink:
                 sink.write(chunk)
-            text = (text + decoder.decode(chunk))[-keep:]
+            new = decoder.decode(chunk)
+            text = (text + new)[-keep:]
+            if on_line:
+                *lines, unfinished = (unfinished + new).split("\n")
+                for line in lines:
+                    on_line(line)
             if parse and on_progress and (progress := parse(text[-_WINDOW:])):
                 on_progress(*progress)
         status = child.wait()
     except BaseException:
-        _stop_tree(child)
+        _stop_tree(child, grace_s)
         raise
     finally:
         if child.stdout:
@@ -199,8 +208,8 @@ def _start(command: list[str], *, what: str, hint: str, **how: Any) -> Child:
         raise CommandError(f"{what}: {command[0]} cannot be started", evidence=str(error), hint=hint) from error
 
 
-def _stop_tree(child: Child) -> None:
-    """SIGINT to the child's tree, five seconds of grace, then SIGKILL to what is left."""
+def _stop_tree(child: Child, grace_s: float = GRACE_S) -> None:
+    """SIGINT to the child's tree, a time of grace, then SIGKILL to what is left."""
     try:
         root = psutil.Process(child.pid)
         family = [root, *root.children(recursive=True)]
@@ -212,7 +221,7 @@ def _stop_tree(child: Child) -> None:
             process.send_signal(signal.SIGINT)
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=grace_s)
     for process in alive:
         try:
             process.kill()

@@ -50,27 +50,27 @@ class ChatTemplate:
     eos_token: str
     stops: tuple[str, ...] = ()
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that asks for the next assistant message.
+    def render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The prompt that asks for the next assistant message; with ``ask`` False, the conversation as it stands.
 
         A template that knows no system role gets the system text at the head of the first user message. Raises
         ArtifactError with the template's own words when it fails.
         """
         if self.source is None:
-            return _plain(messages)
+            return _plain(messages, ask)
         try:
-            return self._apply(messages)
+            return self._apply(messages, ask)
         except ArtifactError:
             merged = _merge_system(messages)
             if merged is None:
                 raise
             try:
-                return self._apply(merged)
+                return self._apply(merged, ask)
             except ArtifactError:
                 pass  # the system message was not what it minded: tell the first failure
             raise
 
-    def _apply(self, messages: Sequence[Message]) -> str:
+    def _apply(self, messages: Sequence[Message], ask: bool) -> str:
         source = self.source or ""
         if len(source) > MAX_SOURCE_CHARS:
             raise _refused(f"it has {len(source)} characters, {MAX_SOURCE_CHARS} are the most")
@@ -81,7 +81,7 @@ class ChatTemplate:
                     .from_string(source)
                     .render(
                         messages=[dict(message) for message in messages],
-                        add_generation_prompt=True,
+                        add_generation_prompt=ask,
                         bos_token=self.bos_token,
                         eos_token=self.eos_token,
                         tools=None,
@@ -107,11 +107,11 @@ def chat_template(header: GgufHeader) -> ChatTemplate:
     )
 
 
-def _plain(messages: Sequence[Message]) -> str:
+def _plain(messages: Sequence[Message], ask: bool) -> str:
     """The documented form for a model without a template: paragraphs, each named by its speaker."""
     names = {"user": "User: ", "assistant": "Assistant: "}
     parts = [f"{names.get(message['role'], '')}{message['content']}" for message in messages]
-    return "\n".join([*parts, "Assistant:"])
+    return "\n".join([*parts, "Assistant:"] if ask else parts)
 
 
 def _merge_system(messages: Sequence[Message]) -> list[Message] | None:

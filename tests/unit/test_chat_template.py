@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from runtime import template
-from runtime.template import PLAIN_STOPS, ChatTemplate, Message
+from toolchain.base import chat_template
+from toolchain.base.chat_template import PLAIN_STOPS, ChatTemplate, Message
 from toolchain.base.errors import ArtifactError
 
 TALK: list[Message] = [
@@ -68,7 +68,7 @@ def test_enormous_products_are_refused_at_once(source: str) -> None:
 
 
 def test_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
     handler = signal.getsignal(signal.SIGALRM)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ArtifactError) as caught:
@@ -79,7 +79,7 @@ def test_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_template_that_eats_memory_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "RENDER_BYTES", 64 * 2**20)
+    monkeypatch.setattr(chat_template, "RENDER_BYTES", 64 * 2**20)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     doubling = "{% set n = namespace(x='0123456789') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
     with pytest.raises(ArtifactError) as caught:
@@ -110,7 +110,7 @@ def test_failure_tells_the_templates_own_words() -> None:
 
 def test_enormous_source_is_not_compiled() -> None:
     with pytest.raises(ArtifactError):
-        rendered("x" * (template.MAX_SOURCE_CHARS + 1))
+        rendered("x" * (chat_template.MAX_SOURCE_CHARS + 1))
 
 
 def test_without_a_template_a_plain_dialogue_is_written() -> None:
