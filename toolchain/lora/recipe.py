@@ -167,11 +167,11 @@ class LoraRecipe(Strict):
     base: Base
     data: Data
     engine: EngineName = Field("torch", description="torch, or ggml: llama.cpp's trainer of 2023")
-    adapter: AdapterOptions = Field(default_factory=AdapterOptions)
-    train: Training = Field(default_factory=Training)
-    budget: Budget = Field(default_factory=Budget)
-    evaluate: Judging = Field(default_factory=Judging)
-    merge: Merging = Field(default_factory=Merging)
+    adapter: AdapterOptions = AdapterOptions.model_validate({})
+    train: Training = Training.model_validate({})
+    budget: Budget = Budget.model_validate({})
+    evaluate: Judging = Judging.model_validate({})
+    merge: Merging = Merging.model_validate({})
 
 
 def load_lora_recipe(path: Path) -> LoraRecipe:
