@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from runtime.adapters import Chosen
     from runtime.engine import Engine
-    from runtime.engine.adapters import Adapter
     from runtime.engine.model import Model
     from runtime.interrupts import Interrupt
     from runtime.memory.here import Planned
     from runtime.memory.plan import MemoryPlan
     from runtime.model_file import Purpose
+    from runtime.resolve import Resolved
     from runtime.settings import Settings, Value
     from toolchain.base.gguf import GgufHeader
     from toolchain.base.machine import Machine
@@ -26,18 +27,27 @@ if TYPE_CHECKING:
 class Request:
     """What somebody asks for: a model as typed, settings by llama.cpp's names (None: not asked), LoRA adapters.
 
-    ``lora`` holds ``FILE`` or ``FILE=SCALE``. ``mmproj`` is the file of the vision part; where one is wanted (``sees``)
-    and none is named, the one beside the model, or of its repository, is taken. ``tune`` is whether threads are
-    measured, ``verbose`` whether the library's log is shown.
+    ``lora`` holds ``FILE`` or ``FILE=SCALE``; ``force`` takes those of another base too. ``mmproj`` is the file of the
+    vision part; where one is wanted (``sees``) and none is named, the one beside the model, or of its repository, is
+    taken. ``tune`` is whether threads are measured, ``verbose`` whether the library's log is shown.
     """
 
     model: str
     flags: Mapping[str, Value | None] = field(default_factory=dict)
     lora: tuple[str, ...] = ()
+    force: bool = False
     mmproj: str | None = None
     sees: bool = False
     tune: bool = True
     verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a typed model stands for, with the checked header of its (first) file."""
+
+    resolved: Resolved
+    header: GgufHeader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,7 @@ class Prepared:
     planned: Planned
     recipe: Mapping[str, object]
     machine: Machine
+    adapters: tuple[Chosen, ...] = ()
     mmproj: Path | None = None
 
 
@@ -60,39 +71,51 @@ def tuning_is_off() -> bool:
     return os.environ.get("FOUNDRY_NO_TUNE", "").strip().lower() not in ("", "0", "false", "no")
 
 
+def find(model: str, purpose: Purpose = "text") -> Found:
+    """The model that was typed, fetched or converted where it has to be; errors as of ``resolve``, ``open_model``."""
+    from runtime.model_file import open_model
+    from runtime.resolve import resolve
+
+    resolved = resolve(model)
+    return Found(resolved=resolved, header=open_model(resolved.path, purpose))
+
+
 def prepare(
     request: Request,
     purpose: Purpose = "text",
     *,
+    found: Found | None = None,
     sequences: int = 1,
     separate: bool = False,
 ) -> Prepared:
     """The model that was typed, with settings for it; the library is asked only where memory is tight.
 
-    ``sequences`` replies are to be decoded together; ``separate`` ones have a context of ``n_ctx`` each. Raises
-    MemoryFitError, with what would fit, when the model does not.
+    ``found`` is that model where it was looked up before. ``sequences`` replies are to be decoded together;
+    ``separate`` ones have a context of ``n_ctx`` each. Raises MemoryFitError, with what would fit, when the model does
+    not, and for adapters as ``check_adapter`` and ``require_base`` do.
     """
+    from runtime import adapters
     from runtime.memory import footprint
     from runtime.memory.here import all_headers, plan_here
     from runtime.memory.show import no_fit
-    from runtime.model_file import open_model
-    from runtime.resolve import resolve
     from runtime.settings import asked
     from runtime.vision_file import vision_part
     from toolchain.base import console, machine
 
-    resolved = resolve(request.model)
-    header = open_model(resolved.path, purpose)
+    found = found or find(request.model, purpose)
+    resolved, header = found.resolved, found.header
+    headers = all_headers(header)
+    chosen = adapters.choose(request.lora, headers)
     vision = vision_part(request.mmproj, header.path, look_beside=request.sees, listing=resolved.listing)
     here = machine.probe()
     settle_with(request, header, here, recipe=resolved.runtime)  # a wrong value is told before anything is planned
     wishes = asked(recipe=resolved.runtime, env=os.environ, flags=request.flags)
     planned = plan_here(
-        all_headers(header),
+        headers,
         wishes,
         here,
-        adapter_bytes=adapters_bytes(request),
-        adapters=adapter_headers(request),
+        adapter_bytes=adapters.bytes_of(chosen),
+        adapters=[each.file.header for each in chosen],
         sequences=sequences,
         separate=separate,
         mmproj_bytes=footprint.mmproj_bytes(vision) if vision else 0,
@@ -103,14 +126,21 @@ def prepare(
         planned = planned.asking()
     if not planned.plan.fits:
         raise no_fit(header.path.name, planned.plan)
+    adapters.require_bases(chosen, header, force=request.force)  # reads the whole model the first time: so late
+    adapters.tell_effects(chosen)
     for warning in planned.plan.warnings:
         console.warn(warning)
     settings = settle_with(request, header, here, recipe=resolved.runtime, plan=planned.plan)
     if request.tune:
         settings = with_tuning(settings, header, here, planned)
-    found = vision.path if vision else None
     return Prepared(
-        header=header, settings=settings, planned=planned, recipe=resolved.runtime, machine=here, mmproj=found
+        header=header,
+        settings=settings,
+        planned=planned,
+        recipe=resolved.runtime,
+        machine=here,
+        adapters=chosen,
+        mmproj=vision.path if vision else None,
     )
 
 
@@ -149,6 +179,7 @@ def load_engine(
     ``progress`` is told what share of the weights is in memory, 0 to 1.
     A load that runs out of memory, adapters included, is tried once more with what a new plan makes of it.
     """
+    from runtime import adapters
     from runtime.engine import load
     from runtime.memory.back_off import Started, load_with_back_off
 
@@ -169,7 +200,7 @@ def load_engine(
         lines = engine.model.log.lines()
         try:
             engine.model.log.begin()
-            engine.set_adapters(load_adapters(engine.model, request))
+            engine.set_adapters(adapters.load(engine.model, prepared.adapters))
             if prepared.mmproj:
                 _open_vision(engine, prepared.mmproj, asked_for=request.mmproj is not None)
         except BaseException:
@@ -181,7 +212,6 @@ def load_engine(
         fewer = settle_with(request, header, prepared.machine, recipe=prepared.recipe, plan=planned.plan)
         return fewer if not request.tune else with_tuning(fewer, header, prepared.machine, planned)
 
-    check_adapters(header.path, request)
     return load_with_back_off(prepared.planned, prepared.settings, attempt, settle=settle)
 
 
@@ -214,32 +244,6 @@ def _tuned(model: Model, settings: Settings, prepared: Prepared, planned: Planne
     return _where_it_fits(found, settings, planned)
 
 
-def check_adapters(path: Path, request: Request, *, warns: bool = True) -> None:
-    """Hold each ``--lora`` against the model at ``path``, before gigabytes are loaded; warns of one without effect."""
-    from runtime.engine.adapters import check_adapter, parse_adapter
-    from toolchain.base import console
-    from toolchain.base.gguf import read_header
-
-    base = [read_header(shard) for shard in read_header(path).shard_paths] if request.lora else []
-    for typed in request.lora:
-        adapter = check_adapter(parse_adapter(typed)[0], base)
-        if adapter.effect and warns:
-            console.warn(f"the adapter {adapter.path.name} {adapter.effect}")
-
-
-def load_adapters(model: Model, request: Request) -> list[tuple[Adapter, float]]:
-    """Each ``--lora`` in memory, with its scale."""
-    from runtime.engine.adapters import load_adapter, parse_adapter
-    from toolchain.base.errors import MemoryFitError
-
-    chosen = [parse_adapter(typed) for typed in request.lora]
-    try:
-        return [(load_adapter(model, path), scale) for path, scale in chosen]
-    except MemoryFitError as error:
-        error.hint = error.hint or "lower --n-ctx, put fewer layers on the GPU (--n-gpu-layers), or leave out a --lora"
-        raise
-
-
 def with_tuning(settings: Settings, header: GgufHeader, here: Machine, planned: Planned) -> Settings:
     """``settings`` with what ``tune`` measured here."""
     from runtime.tune.record import recorded
@@ -257,16 +261,3 @@ def _where_it_fits(tuned: Settings, settings: Settings, planned: Planned) -> Set
         return tuned
     kept = settings["n_ubatch"]
     return replace(tuned, entries=tuple(kept if entry.name == "n_ubatch" else entry for entry in tuned.entries))
-
-
-def adapters_bytes(request: Request) -> int:
-    from runtime.memory.footprint import adapter_bytes
-
-    return sum(map(adapter_bytes, adapter_headers(request)))
-
-
-def adapter_headers(request: Request) -> list[GgufHeader]:
-    from runtime.engine.adapters import parse_adapter
-    from toolchain.base.gguf import read_header
-
-    return [read_header(parse_adapter(typed)[0]) for typed in request.lora]

@@ -187,10 +187,10 @@ def _model(talk: Talk, rest: str, shell: Shell) -> None:
     shell.show(other_model(talk, rest))
 
 
-def _lora(talk: Talk, rest: str, shell: Shell) -> None:
+def _lora(talk: Talk, rest: str, shell: Shell, *, force: bool = False) -> None:
     from runtime.chat.exchange import adapters
 
-    shell.show(adapters(talk, unquoted(rest)))
+    shell.show(adapters(talk, unquoted(rest), force=force))
 
 
 def _plan(talk: Talk, _rest: str, shell: Shell) -> None:
@@ -211,7 +211,7 @@ def _excerpt(text: str) -> str:
     return line if len(line) <= _EXCERPT else line[: _EXCERPT - 1] + "…"
 
 
-def _overwriting(command: Command, run: Callable[[Talk, str, Shell], Reply | None]) -> Command:
+def _insisting(command: Command, run: Callable[[Talk, str, Shell], Reply | None]) -> Command:
     return replace(command, name=f"{command.name}!", run=run)
 
 
@@ -230,7 +230,11 @@ def _listed() -> tuple[Command, ...]:
         ),
         ("/params [NAME=VALUE ...]", 'how replies are drawn: temp=0.2 seed=7 stop="###" max_tokens=100', _params),
         ("/model [MODEL [NAME=VALUE]]", "another model in place of this one, the conversation stays", _model),
-        ("/lora [FILE[=SCALE]|-FILE]", "adapters: list, add or change, remove", _lora),
+        (
+            "/lora [FILE[=SCALE]|-FILE|-]",
+            "adapters: list, add or change the scale, remove, all; /lora! takes one of another model",
+            _lora,
+        ),
         ("/plan", "settings with their reasons, memory, the speed to expect", _plan),
         ("/save FILE", "the conversation as JSON; /save! writes over a file", _save),
         ("/export FILE", "as .md, .html, .yaml or .json; /export! writes over a file", _export),
@@ -246,10 +250,11 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType({command.name: command
 _BY_NAME: Final[Mapping[str, Command]] = MappingProxyType(
     {
         **COMMANDS,
-        "/save!": _overwriting(COMMANDS["/save"], lambda talk, name, shell: _save(talk, name, shell, overwrite=True)),
-        "/export!": _overwriting(
+        "/save!": _insisting(COMMANDS["/save"], lambda talk, name, shell: _save(talk, name, shell, overwrite=True)),
+        "/export!": _insisting(
             COMMANDS["/export"], lambda talk, name, shell: _export(talk, name, shell, overwrite=True)
         ),
+        "/lora!": _insisting(COMMANDS["/lora"], lambda talk, rest, shell: _lora(talk, rest, shell, force=True)),
         "/exit": COMMANDS["/quit"],
     }
 )

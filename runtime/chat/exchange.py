@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from runtime.chat.talk import Talk
+    from runtime.engine.adapters import Adapter
     from runtime.settings import Value
 
 
@@ -32,7 +33,7 @@ def other_model(talk: Talk, typed: str) -> str:
     if not typed:
         return f"{local.name}, {local.engine.n_ctx} tokens of context"
     model, flags = _parsed(typed)
-    alone = " without its adapters" if local.request.lora else ""
+    alone = " without its adapters" if local.prepared.adapters else ""
     with interrupts_noted() as interrupt:
         try:
             local.exchange(model, flags, interrupt)
@@ -52,15 +53,42 @@ def _other_of_server(talk: Talk, endpoint: Endpoint, name: str) -> str:
     return f"{endpoint.name}; the conversation stays"
 
 
-def adapters(talk: Talk, typed: str) -> str:
-    """``FILE[=SCALE]`` adds an adapter or changes its scale, ``-FILE`` removes it; what works then, a line each."""
+def adapters(talk: Talk, typed: str, *, force: bool = False) -> str:
+    """``FILE[=SCALE]`` adds an adapter or changes its scale, ``-FILE`` takes it away and ``-`` all of them; what works
+    then, a line each. ``force`` takes one that was trained on another model.
+
+    Of a llama-server it is the id or the name of one that it has, at a scale of our own; 0 in place of away.
+    """
+    from runtime.engine.adapters import AnotherBaseError
+
+    if isinstance(talk.backend, Endpoint):
+        return _adapters_of_server(talk.backend, typed)
     local = _local(talk, "/lora")
-    chosen = [(each.path, each.scale) for each in local.adapters()]
     if typed:
-        local.set_adapters(_changed(chosen, typed))
+        try:
+            local.set_adapters(_changed(local, typed, force=force or local.request.force))
+        except AnotherBaseError as error:
+            error.hint = f"/lora! {typed} insists; /model loads another base"
+            raise
         talk.count_again()
-    lines = [f"{each.path} at {each.scale:g}{_effect(each.adapter.file.effect)}" for each in local.adapters()]
+    lines = [f"{adapter.file.path} at {scale:g}" for adapter, scale in local.adapters]
     return "\n".join(lines) or "no adapters; /lora FILE[=SCALE] adds one"
+
+
+def _adapters_of_server(endpoint: Endpoint, typed: str) -> str:
+    from runtime.engine.adapters import parse_adapter
+
+    found = endpoint.adapters()
+    if typed:
+        away = typed.startswith("-")
+        named, scale = (Path(typed[1:].strip()), 0.0) if away else parse_adapter(typed)
+        meant = {number for number, (name, _) in found.items() if typed == "-" or str(named) in (str(number), name)}
+        if not meant and typed != "-":
+            raise UsageError(f"the server has no adapter {named}", hint="/lora lists them; /lora ID=0.5 changes one")
+        found = {number: (name, scale if number in meant else at) for number, (name, at) in found.items()}
+        endpoint.set_adapters({number: at for number, (_, at) in found.items()})
+    lines = [f"{number} {name} at {scale:g}" for number, (name, scale) in found.items()]
+    return "\n".join(lines) or "the server has no adapters"
 
 
 def plan(talk: Talk) -> str:
@@ -105,31 +133,32 @@ def _parsed(typed: str) -> tuple[str, dict[str, Value]]:
     return model, flags
 
 
-def _changed(chosen: Sequence[tuple[Path, float]], typed: str) -> list[tuple[Path, float]]:
+def _changed(local: LocalBackend, typed: str, *, force: bool) -> list[tuple[Adapter, float]]:
     from runtime.engine.adapters import parse_adapter
 
+    chosen = list(local.adapters)
+    if typed == "-":
+        return []
     if typed.startswith("-") and not files.expand(typed).is_file():
         gone = _known(chosen, files.expand(typed[1:].strip()))
         if gone is None:
-            names = [path.name for path, _ in chosen]
+            names = [adapter.file.path.name for adapter, _ in chosen]
             raise UsageError(
                 f"no adapter {typed[1:].strip()} is at work", hint=near_miss(typed[1:], names) or "/lora lists them"
             )
         return [each for each in chosen if each[0] != gone]
     path, scale = parse_adapter(typed)
     known = _known(chosen, path)
+    there = known.file.path if known and not path.is_file() else path
+    adapter = local.engine.load_adapter(there, force=force) if there.is_file() or not known else known
     if known is None:
-        return [*chosen, (path, scale)]
-    return [(each, scale if each == known else before) for each, before in chosen]
+        return [*chosen, (adapter, scale)]
+    return [(adapter, scale) if each == known else (each, before) for each, before in chosen]
 
 
-def _known(chosen: Sequence[tuple[Path, float]], path: Path) -> Path | None:
+def _known(chosen: Sequence[tuple[Adapter, float]], path: Path) -> Adapter | None:
     """The adapter that ``path`` names, by its path or, where that is clear, by its file's name."""
-    if exact := [each for each, _ in chosen if each == path]:
+    if exact := [each for each, _ in chosen if each.file.path.resolve() == path.resolve()]:
         return exact[0]
-    named = [each for each, _ in chosen if each.name == str(path)]
+    named = [each for each, _ in chosen if each.file.path.name == str(path)]
     return named[0] if len(named) == 1 else None
-
-
-def _effect(text: str) -> str:
-    return f" ({text})" if text else ""

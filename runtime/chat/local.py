@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.adapters import Chosen
 from runtime.chat.backend import Figures, Piece, ReplyOptions
 from runtime.conversation.messages import Message, images_of
 from runtime.conversation.reasoning import CLOSE, OPEN, ReasoningSplitter
+from runtime.interrupts import interrupts_noted
 from runtime.prepare import Prepared, Request, load_engine, prepare
 from toolchain.base import console
 from toolchain.base.chat_template import ChatTemplate, chat_template
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
     from runtime.settings import Value
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attached:
-    """An adapter in memory, and its scale; 0 lets it rest."""
-
-    adapter: Adapter
-    scale: float
-
-    @property
-    def path(self) -> Path:
-        return self.adapter.file.path
-
-
 class LocalBackend:
     """A loaded model with its chat template. Made by ``load_local``."""
 
@@ -49,7 +38,6 @@ class LocalBackend:
         self.prepared = prepared
         self._engine: Engine | None = engine
         self.template: ChatTemplate = chat_template(prepared.header)
-        self._loaded: dict[Path, Adapter] = {each.file.path: each for each, _ in engine.context.adapters}
         if self.template.source is None:
             console.warn(
                 f"{self.name} has no chat template: using plain `User:` and `Assistant:` lines; "
@@ -134,25 +122,16 @@ class LocalBackend:
             self._take(old, old_prepared, load_engine(old_prepared, old, interrupt))
             raise
 
-    def adapters(self) -> list[Attached]:
-        """Those that were asked for, in their order."""
-        from runtime.engine.adapters import parse_adapter
+    @property
+    def adapters(self) -> tuple[tuple[Adapter, float], ...]:
+        """Those that were asked for, in their order, each with its scale; 0 lets it rest."""
+        return self.engine.adapters
 
-        asked = [parse_adapter(typed) for typed in self.request.lora]
-        return [Attached(adapter=self._adapter(path), scale=scale) for path, scale in asked]
-
-    def set_adapters(self, chosen: Sequence[tuple[Path, float]]) -> None:
-        """Let exactly these work, each at its scale; the model stays loaded. Errors as of ``check_adapter``."""
-        engine = self.engine
-        engine.set_adapters([(self._adapter(path), scale) for path, scale in chosen])
-        self.request = replace(self.request, lora=tuple(f"{path}={scale:g}" for path, scale in chosen))
-
-    def _adapter(self, path: Path) -> Adapter:
-        if path not in self._loaded:
-            self._loaded[path] = adapter = self.engine.load_adapter(path)
-            if adapter.file.effect:
-                console.warn(f"the adapter {path.name} {adapter.file.effect}")
-        return self._loaded[path]
+    def set_adapters(self, chosen: Sequence[tuple[Adapter, float]]) -> None:
+        """Let exactly these work, each at its scale; the model stays loaded."""
+        self.engine.set_adapters(chosen)
+        kept = tuple(Chosen(file=adapter.file, scale=scale) for adapter, scale in chosen)
+        self.prepared = replace(self.prepared, adapters=kept)
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[bytes]]:
         """The prompt, and the image files that its markers stand for."""
@@ -165,10 +144,11 @@ class LocalBackend:
         return self.template.render([_as_text(message, marker) for message in messages]), images
 
 
-def load_local(request: Request, interrupt: Interrupt) -> LocalBackend:
+def load_local(request: Request) -> LocalBackend:
     """The model that was asked for, planned, tuned and loaded; errors as of ``prepare`` and ``load_engine``."""
-    prepared = prepare(request)
-    return LocalBackend(request, prepared, load_engine(prepared, request, interrupt))
+    prepared = prepare(request)  # may fetch a model, or read all of one: Ctrl-C ends that at once
+    with interrupts_noted() as interrupt:
+        return LocalBackend(request, prepared, load_engine(prepared, request, interrupt))
 
 
 class _Thoughts:

@@ -68,7 +68,8 @@ def _check(arguments: argparse.Namespace) -> None:
             hint="leave one of them out; --endpoint-model names a model of the server",
         )
     local = [f"--{name.replace('_', '-')}" for name, value in flags_of(arguments).items() if value is not None]
-    local += [name for name, given in (("--lora", arguments.lora), ("--mmproj", arguments.mmproj)) if given]
+    given = {"--lora": arguments.lora, "--force": arguments.force, "--mmproj": arguments.mmproj}
+    local += [name for name, value in given.items() if value]
     if arguments.endpoint is not None and local:
         raise UsageError(
             f"{local[0]} is for a model in this process, and --endpoint is asked",
@@ -110,7 +111,5 @@ def _backend(arguments: argparse.Namespace) -> Backend:
 
         return connect(arguments.endpoint, model=arguments.endpoint_model, api_key=key_for(arguments.endpoint))
     from runtime.chat.local import load_local
-    from runtime.interrupts import interrupts_noted
 
-    with interrupts_noted() as interrupt:
-        return load_local(request_of(arguments), interrupt)
+    return load_local(request_of(arguments))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from runtime.commands.options import model_options, request_of
-from runtime.prepare import Prepared, check_adapters, load_adapters, prepare
+from runtime.prepare import Prepared, prepare
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
@@ -40,13 +40,12 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make a vector of each text; one JSON array a line, in the order of the texts."""
     texts = _texts(arguments.text)
-    request = request_of(arguments)
-    prepared = prepare(request, "embeddings")
+    prepared = prepare(request_of(arguments), "embeddings")
     header, settings = prepared.header, prepared.settings
-    check_adapters(header.path, request)
     import json
     from functools import partial
 
+    from runtime import adapters
     from runtime.engine.embeddings import BATCH_TOKENS, Embedder
     from runtime.engine.load import load_model
     from runtime.interrupts import interrupts_noted
@@ -59,12 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
         model = load_model(header.path, settings, verbose=arguments.verbose, interrupt=interrupt)
     embedder = None
     try:
-        adapters = load_adapters(model, request)
         embedder = Embedder(
             model,
             settings,
             pooling=arguments.pooling,
-            adapters=adapters,
+            adapters=adapters.load(model, prepared.adapters),
             check_room=partial(check_room, prepared),
         )
         for some in texts:  # not within ``interrupts_noted``: Ctrl-C ends the waiting for input at once

@@ -69,6 +69,7 @@ def model_options(
     engine.add_argument(
         "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a LoRA adapter; may be repeated"
     )
+    engine.add_argument("--force", action="store_true", help="take a --lora that was trained on another model too")
     if sees:
         vision = "the model's vision part (default: mmproj*.gguf beside the model, or in its hub repository)"
         engine.add_argument("--mmproj", metavar="FILE", help=vision)
@@ -86,6 +87,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         model=arguments.model,
         flags=flags_of(arguments),
         lora=tuple(arguments.lora),
+        force=getattr(arguments, "force", False),
         mmproj=arguments.mmproj if getattr(arguments, "sees", False) else None,
         sees=getattr(arguments, "sees", False),
         tune=not arguments.no_tune,

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.commands.options import model_options, request_of
-from runtime.prepare import adapter_headers, adapters_bytes, settle_with, with_tuning
+from runtime.prepare import settle_with, with_tuning
 from toolchain.base.errors import ArtifactError, MemoryFitError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from runtime.adapters import Chosen
     from runtime.memory.devices import Device
     from runtime.memory.here import Planned
     from runtime.memory.kernels import Build
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Of a hub repository only headers are read. Ends with 7 when it does not fit.
     """
+    from runtime import adapters
     from runtime.memory.show import no_fit, plan_json, plan_lines
     from runtime.tune.record import measured_speed
     from toolchain.base import console, machine
@@ -54,8 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     here = machine.probe()
     if arguments.all_quants:
         return _all_quants(arguments, here)
-    headers, recipe = _headers(arguments)
-    planned = _plan(arguments, headers, recipe, here)
+    headers, recipe, is_here = _headers(arguments)
+    chosen = adapters.choose(arguments.lora, headers)
+    if is_here:
+        adapters.require_bases(chosen, headers[0], force=arguments.force)
+    adapters.tell_effects(chosen)
+    planned = _plan(arguments, headers, recipe, here, chosen)
     if not _described(arguments) and headers[0].path.exists():
         planned = planned.asking()
     settings = _settings(arguments, headers[0], recipe, here, planned)
@@ -115,6 +121,7 @@ def _all_quants(arguments: argparse.Namespace, here: Machine) -> int:
 
 def _quant_row(arguments: argparse.Namespace, name: str, paths: tuple[Path, ...], here: Machine) -> dict[str, Any]:
     """One quant as JSON; of one that cannot be planned for, ``why`` says why."""
+    from runtime.adapters import choose
     from runtime.memory.show import where
     from toolchain.base.gguf import read_header
 
@@ -125,7 +132,7 @@ def _quant_row(arguments: argparse.Namespace, name: str, paths: tuple[Path, ...]
         _require_usable(headers[0])
         size, params = sum(h.tensor_bytes for h in headers), sum(h.n_params for h in headers)
         row |= {"bytes": size, "bits_per_weight": round(8 * size / params, 2)}
-        planned = _plan(arguments, headers, {}, here)
+        planned = _plan(arguments, headers, {}, here, choose(arguments.lora, headers))
     except (UsageError, ArtifactError) as error:
         return {**row, "why": error.message}
     plan = planned.plan
@@ -150,8 +157,10 @@ def best_quant(rows: list[dict[str, Any]]) -> str | None:
     return str(max(fitting, key=lambda row: row["generation_tps"])["quant"]) if fitting else None
 
 
-def _headers(arguments: argparse.Namespace) -> tuple[tuple[GgufHeader, ...], Mapping[str, object]]:
-    """The headers of what was typed and its recipe's block; of a model on the hub nothing else is read."""
+def _headers(arguments: argparse.Namespace) -> tuple[tuple[GgufHeader, ...], Mapping[str, object], bool]:
+    """The headers of what was typed, its recipe's block, and whether all of it is here: of a model on the hub nothing
+    else is read.
+    """
     from runtime.hub_model import HubName, remote_model_headers
     from runtime.memory.here import all_headers
     from runtime.model_file import open_model
@@ -161,15 +170,15 @@ def _headers(arguments: argparse.Namespace) -> tuple[tuple[GgufHeader, ...], Map
     found = locate(arguments.model)
     if not isinstance(found, HubName):
         try:
-            return all_headers(open_model(found.path)), found.runtime
+            return all_headers(open_model(found.path)), found.runtime, True
         except UsageError as error:
             with suppress(UsageError):
-                return all_headers(open_model(found.path, "embeddings")), found.runtime
+                return all_headers(open_model(found.path, "embeddings")), found.runtime, True
             raise error
     target = remote_model_headers(arguments.model)
     headers = tuple(read_header(path) for path in target.headers[target.chosen.name])
     _require_usable(headers[0])
-    return headers, {}
+    return headers, {}, False
 
 
 def _require_usable(header: GgufHeader) -> None:
@@ -186,8 +195,13 @@ def _require_usable(header: GgufHeader) -> None:
 
 
 def _plan(
-    arguments: argparse.Namespace, headers: tuple[GgufHeader, ...], recipe: Mapping[str, object], here: Machine
+    arguments: argparse.Namespace,
+    headers: tuple[GgufHeader, ...],
+    recipe: Mapping[str, object],
+    here: Machine,
+    chosen: tuple[Chosen, ...],
 ) -> Planned:
+    from runtime.adapters import bytes_of
     from runtime.memory.footprint import mmproj_bytes
     from runtime.memory.here import plan_here
     from runtime.settings import asked
@@ -203,8 +217,8 @@ def _plan(
         wishes,
         here,
         mmproj_bytes=mmproj_bytes(vision) if vision else 0,
-        adapter_bytes=adapters_bytes(request),
-        adapters=adapter_headers(request),
+        adapter_bytes=bytes_of(chosen),
+        adapters=[each.file.header for each in chosen],
         devices=devices,
         build=build,
     )

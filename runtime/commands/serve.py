@@ -190,7 +190,7 @@ def _argv_again(arguments: argparse.Namespace) -> tuple[str, ...]:
         argv += ["--lora", f"{path.absolute()}={scale:g}"]
     argv += [
         f"--{name.replace('_', '-')}"
-        for name in ("ui", "allow_admin", "no_tune", "verbose")
+        for name in ("ui", "allow_admin", "no_tune", "force", "verbose")
         if getattr(arguments, name)
     ]
     return tuple(argv)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runtime.engine.identity import gguf_identity
 from runtime.engine.model import Model
-from toolchain.base import files
+from toolchain.base import console, files
 from toolchain.base.errors import ArtifactError, MemoryFitError, UsageError
 from toolchain.base.gguf import GgufHeader, TensorInfo, read_header
+from toolchain.base.tensor_hash import BASE_NAME_KEY, BASE_SHA256_KEY, tensors_sha256
 
 if TYPE_CHECKING:
     from runtime.engine.context import Context
@@ -26,20 +27,31 @@ _EMBEDDING: Final = "token_embd.weight"
 _ANOTHER_BASE: Final = "load the model that it was trained on"
 _CONVERT: Final = "convert it again with llama.cpp's convert_lora_to_gguf.py, or download it again"
 _READ_BYTES: Final = 1 << 20
+_QUIET_S: Final = 1.0
+_SHOWN: Final = 12  # of a hash
+
+
+class AnotherBaseError(ArtifactError):
+    """An adapter was trained on other weights; ``hint`` tells the command line's way to use it all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
     """A checked adapter: ``alpha`` 0 means that its scale is used as it is; ``rank`` is the largest of its pairs.
 
-    ``effect`` is empty, or says why it changes nothing or less than it holds.
+    ``effect`` is empty, or says why it changes nothing or less than it holds; ``stamp`` changes with the file.
     """
 
-    path: Path
+    header: GgufHeader
+    stamp: object
     alpha: float
     rank: int
     pairs: int
     effect: str
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,12 +85,14 @@ def check_adapter(path: Path, base: Sequence[GgufHeader]) -> AdapterFile:
 
     Raises ArtifactError when its header lies or it does not fit, naming the first tensor that does not.
     """
-    header = read_header(path)
-    name = path.name
+    header, stamp, name = read_header(path), _stamp(path), path.name
     if header.kind != "adapter":
         raise UsageError(f"{name} is not a LoRA adapter", hint="an adapter says general.type = adapter in its header")
     if header.text("adapter.type") != "lora":
-        raise UsageError(f"{name} is an adapter of the kind {header.text('adapter.type')!r}", hint="give a LoRA")
+        raise UsageError(
+            f"{name} is an adapter of the kind {header.text('adapter.type')!r}, which the library does not apply",
+            hint="merge it into its base (`./inv merge`) and load that, or give a plain LoRA",
+        )
     if "adapter.alora.invocation_tokens" in header.metadata:
         raise UsageError(
             f"{name} is an activated LoRA (aLoRA), which is to begin in the middle of a prompt",
@@ -102,24 +116,69 @@ def check_adapter(path: Path, base: Sequence[GgufHeader]) -> AdapterFile:
     for target, (a, b) in pairs.items():
         _check_shapes(name, target, tensors.get(target), a, b)
     rank = max((b.shape[0] for _, b in pairs.values()), default=0)
-    return AdapterFile(path=path, alpha=alpha, rank=rank, pairs=len(pairs), effect=_effect(header, pairs))
+    effect = _effect(header, pairs)
+    return AdapterFile(header=header, stamp=stamp, alpha=alpha, rank=rank, pairs=len(pairs), effect=effect)
 
 
-def load_adapter(model: Model, path: Path) -> Adapter:
-    """The adapter at ``path`` in memory, at work nowhere yet; errors as of ``check_adapter``."""
+def require_base(adapter: AdapterFile, base: GgufHeader, *, force: bool = False) -> None:
+    """Raise AnotherBaseError if ``adapter`` says that it was trained on other weights than those of ``base``.
+
+    ``base`` is the model's (first) header. The first time all of the model is read for it; for an adapter that does not
+    say what it was trained on nothing is. With ``force`` another base is only warned of.
+    """
+    trained = adapter.header.text(BASE_SHA256_KEY)
+    if not trained:
+        return
+    name, here = adapter.path.name, base.path.name
+    with console.step(f"check that {name} belongs to {here}", quiet_s=_QUIET_S) as step:
+        found = tensors_sha256(base, progress=step.advance)
+    if found == trained:
+        return
+    own = adapter.header.text(BASE_NAME_KEY) or "a model that it does not name"
+    if force:
+        console.warn(f"the adapter {name} was trained on {own}, {here} has other weights: replies may be worse")
+        return
+    other = own if own != here else f"the {own} of then"
+    raise AnotherBaseError(
+        f"the adapter {name} was not trained on {here}",
+        evidence=f"trained on  {own}  ({trained[:_SHOWN]}...)\nat hand     {here}  ({found[:_SHOWN]}...)",
+        hint=f"load {other}, or insist with --force (LLaMa: force_adapters=True)",
+    )
+
+
+def open_adapter(model: Model, path: Path, *, force: bool = False) -> Adapter:
+    """The adapter at ``path`` in the memory of a loaded model; errors as of the three steps.
+
+    One that is there already is not read again, unless its file has changed; one without effect is warned of.
+    """
+    if path.is_file() and (known := model.adapters.get(_stamp(path))):
+        return known
     assert model.path is not None
-    found = check_adapter(path, [read_header(shard) for shard in read_header(model.path).shard_paths])
-    handle = model.lib.llama_adapter_lora_init(model.handle, os.fsencode(path)) if found.pairs else None
+    base = [read_header(shard) for shard in read_header(model.path).shard_paths]
+    found = check_adapter(path, base)
+    require_base(found, base[0], force=force)
+    if found.effect:
+        console.warn(f"the adapter {path.name} {found.effect}")
+    return load_adapter(model, found)
+
+
+def load_adapter(model: Model, found: AdapterFile) -> Adapter:
+    """The checked adapter in memory, at work nowhere yet; ArtifactError when the library refuses it."""
+    if found.stamp in model.adapters:
+        return model.adapters[found.stamp]
+    name = found.path.name
+    handle = model.lib.llama_adapter_lora_init(model.handle, os.fsencode(found.path)) if found.pairs else None
     if found.pairs and not handle:
         evidence = model.log.tail()
         if "failed to allocate" in evidence:
             raise MemoryFitError(
-                f"the adapter {path.name} does not fit in memory",
+                f"the adapter {name} does not fit in memory",
                 evidence=evidence,
                 hint="put fewer layers on the GPU (--n-gpu-layers), or lower --n-ctx",
             )
-        raise ArtifactError(f"the library refuses the adapter {path.name}", evidence=evidence, hint=_CONVERT)
-    return Adapter(file=found, handle=handle)
+        raise ArtifactError(f"the library refuses the adapter {name}", evidence=evidence, hint=_CONVERT)
+    model.adapters[found.stamp] = adapter = Adapter(file=found, handle=handle)
+    return adapter
 
 
 def set_adapters(context: Context, chosen: Sequence[tuple[Adapter, float]]) -> None:
@@ -145,6 +204,12 @@ def apply_adapters(lib: Any, context: Any, wanted: Sequence[tuple[Adapter, float
     )
     scales = (ctypes.c_float * len(wanted))(*(scale for _, scale in wanted))
     lib.llama_set_adapters_lora(context, handles, len(wanted), scales)
+
+
+def _stamp(path: Path) -> object:
+    """Equal for the same file by any name, until it is written again."""
+    stat = path.stat()
+    return path.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _pairs(header: GgufHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:
@@ -185,7 +250,7 @@ def _effect(header: GgufHeader, pairs: Mapping[str, tuple[TensorInfo, TensorInfo
     if all(_is_zero(header, a) or _is_zero(header, b) for a, b in pairs.values()):
         return "changes nothing: all of its deltas are zero"
     norms = sum(tensor.name.endswith("_norm.weight") for tensor in header.tensors)
-    return f"holds {norms} norm tensors, which the library leaves out" if norms else ""
+    return f"holds {norms} norm tensors, which the library leaves out (`./inv merge` does not)" if norms else ""
 
 
 def _is_zero(header: GgufHeader, tensor: TensorInfo) -> bool:

@@ -9,7 +9,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
 from runtime.engine import session
-from runtime.engine.adapters import Adapter, load_adapter, set_adapters
+from runtime.engine.adapters import Adapter, open_adapter, set_adapters
 from runtime.engine.context import Context
 from runtime.engine.generate import Outcome, SingleSteps, Steps, Watch, generate
 from runtime.engine.reply import Chunk, Reply, ReplyStats
@@ -36,6 +36,7 @@ class Engine:
         self._context: Context | None = context
         self.model = context.model
         self.pieces = Pieces(context.model)
+        self.adapters: tuple[tuple[Adapter, float], ...] = ()  # as chosen, those of scale 0 too
         self._vision: Vision | None = None
 
     def __enter__(self) -> Engine:
@@ -267,13 +268,14 @@ class Engine:
         session.restore(self.context, path, interrupt=interrupt)
         return len(self.context.cached)
 
-    def load_adapter(self, path: Path) -> Adapter:
-        """The LoRA adapter at ``path`` in memory, at work nowhere yet; errors as of ``adapters.check_adapter``."""
-        return load_adapter(self.model, path)
+    def load_adapter(self, path: Path, *, force: bool = False) -> Adapter:
+        """The LoRA adapter at ``path`` in memory, at work nowhere yet; errors as of ``adapters.open_adapter``."""
+        return open_adapter(self.model, path, force=force)
 
     def set_adapters(self, chosen: Sequence[tuple[Adapter, float]]) -> None:
         """Let exactly these adapters work, each at its scale; the cache is emptied when anything changes."""
         set_adapters(self.context, chosen)
+        self.adapters = tuple(chosen)
 
     def embed(
         self,

@@ -6,12 +6,15 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runtime.engine.identity import gguf_identity
 from runtime.library_id import build_id
 from runtime.library_log import LibraryLog
 from toolchain.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.engine.adapters import Adapter
 
 _INT32_MAX: Final = 2**31 - 1
 _PIECE_BYTES: Final = 256  # longer pieces exist (runs of spaces); they take a second call
@@ -32,6 +35,7 @@ class Model:
         self.path = path
         self.identity = gguf_identity(path) if path else ""
         self.build = build_id()
+        self.adapters: dict[object, Adapter] = {}  # in memory with it, by the stamps of their files
         self.vocab = lib.llama_model_get_vocab(handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
 

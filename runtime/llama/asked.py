@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from runtime.hub_model import HubName
-from runtime.resolve import Resolved, locate, resolve
+from runtime.resolve import Resolved, locate
 from runtime.settings import ENV_PREFIX, Value
 from toolchain.base import files
 from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from runtime.prepare import Request
+    from runtime.prepare import Found, Request
     from toolchain.base.gguf import GgufHeader
 
 Lora: TypeAlias = str | Path | tuple[str | Path, float]
@@ -36,24 +36,24 @@ class Asked:
     quantize_format: str
     is_70b: bool
     lora: tuple[Lora, ...]
+    force_adapters: bool
     tune: bool
     verbose: int
 
 
-def requested(asked: Asked) -> tuple[Request, GgufHeader]:
-    """The request that ``asked`` means, with its model found (fetched or converted where it has to be) and its header.
+def requested(asked: Asked) -> tuple[Request, Found]:
+    """The request that ``asked`` means, with its model found (fetched or converted where it has to be).
 
     Raises what ``resolve`` and ``open_model`` raise, and UsageError for a file of another quantization or size than
     was said.
     """
-    from runtime.model_file import open_model
-    from runtime.prepare import Request, tuning_is_off
+    from runtime.prepare import Request, find, tuning_is_off
 
     typed = _with_quant(str(asked.model_path), asked.quantize_format)
     if asked.is_70b:
         _hold_legacy(typed)
-    resolved = resolve(typed)
-    header = open_model(resolved.path)
+    found = find(typed)
+    resolved, header = found.resolved, found.header
     _require_quant(header, resolved, asked.quantize_format)
     if asked.is_70b:
         _require_70b(header)
@@ -64,19 +64,22 @@ def requested(asked: Asked) -> tuple[Request, GgufHeader]:
         model=typed,
         flags=flags,
         lora=tuple(map(spelled_lora, asked.lora)),
+        force=asked.force_adapters,
         tune=asked.tune and not tuning_is_off(),
         verbose=asked.verbose > 1,
     )
-    return request, header
+    return request, found
 
 
-def hold(request: Request, header: GgufHeader) -> None:
+def hold(request: Request, found: Found) -> None:
     """Raise what loading would raise for a wrong value or adapter, before anything is given up for it."""
-    from runtime.prepare import check_adapters, settle_with
+    from runtime.adapters import choose, require_bases
+    from runtime.memory.here import all_headers
+    from runtime.prepare import settle_with
     from toolchain.base import machine
 
-    settle_with(request, header, machine.probe(), recipe=resolve(request.model).runtime)
-    check_adapters(header.path, request, warns=False)
+    settle_with(request, found.header, machine.probe(), recipe=found.resolved.runtime)
+    require_bases(choose(request.lora, all_headers(found.header)), found.header, force=request.force)
 
 
 def spelled_lora(lora: Lora) -> str:

@@ -19,12 +19,11 @@ from toolchain.base.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
-    from runtime.engine.adapters import Adapter
     from runtime.interrupts import Interrupt
     from runtime.llama.asked import Lora
     from runtime.llama.describe import LoadResourceInfo, ModelMetaInfo
     from runtime.llama.finish import FinishMeta
-    from runtime.prepare import Prepared, Request
+    from runtime.prepare import Found, Prepared, Request
     from toolchain.base.chat_template import ChatTemplate
     from toolchain.base.gguf import GgufHeader
 
@@ -51,6 +50,7 @@ class Loaded(Tracked):
         tensor_split: str | Sequence[float] | None = None,
         seed: int | None = None,
         lora: Lora | Sequence[Lora] = (),
+        force_adapters: bool = False,
         tune: bool = True,
         system_message: str = "",
     ) -> None:
@@ -74,6 +74,7 @@ class Loaded(Tracked):
         - ``n_cpu_moe``: layers whose experts stay on the host; ``tensor_split``: shares of the layers by GPU.
         - ``seed``: of each reply that is given none; None or -1: drawn anew each time.
         - ``lora``: an adapter or several, each a file, ``"FILE=SCALE"`` or ``(file, scale)``.
+        - ``force_adapters``: take adapters too that say that they were trained on another model, with a warning.
         - ``tune``: measure threads where that was never done (some seconds); ``FOUNDRY_NO_TUNE=1`` says no for all.
         - ``system_message``: how the conversation begins.
 
@@ -102,6 +103,7 @@ class Loaded(Tracked):
             quantize_format=quantize_format or "auto",
             is_70b=is_70b,
             lora=as_loras(lora),
+            force_adapters=force_adapters,
             tune=tune,
             verbose=verbose,
         )
@@ -176,26 +178,25 @@ class Loaded(Tracked):
         if running := self._running:
             running.raised = True
 
-    def set_adapters(self, *lora: Lora) -> None:
+    def set_adapters(self, *lora: Lora, force: bool = False) -> None:
         """Let exactly these LoRA adapters work from now on, each a file, ``"FILE=SCALE"`` or ``(file, scale)``.
 
         None turns all off. The model is not loaded again; the cache is emptied when anything changes. A later
-        ``reload()`` keeps them. Raises UsageError and ArtifactError for a file that is no adapter of this model.
+        ``reload()`` keeps them. Raises UsageError and ArtifactError for a file that is no adapter of this model;
+        ``force`` (or the constructor's ``force_adapters``) takes one that was trained on another too, with a warning.
         """
         from runtime.engine.adapters import parse_adapter
         from runtime.llama.asked import spelled_lora
 
         with self._gate.held("set_adapters"):
             engine = self._engine
-            chosen = []
-            for each in lora:
-                path, scale = parse_adapter(spelled_lora(each))
-                known = self._adapters.get(path.resolve())
-                if known is None:
-                    known = self._adapters[path.resolve()] = engine.load_adapter(path)
-                chosen.append((known, scale))
+            force = force or self._asked.force_adapters
+            chosen = [
+                (engine.load_adapter(path, force=force), scale)
+                for path, scale in map(parse_adapter, map(spelled_lora, lora))
+            ]
             engine.set_adapters(chosen)
-            self._asked = replace(self._asked, lora=lora)
+            self._asked = replace(self._asked, lora=lora, force_adapters=force)
 
     @property
     def n_ctx(self) -> int:
@@ -233,12 +234,12 @@ class Loaded(Tracked):
             self._engine_now = None
             self._closing()
 
-    def _load(self, request: Request, header: GgufHeader) -> None:
+    def _load(self, request: Request, found: Found) -> None:
         from runtime.interrupts import interrupts_noted
         from runtime.prepare import load_engine, prepare
         from toolchain.base.chat_template import chat_template
 
-        prepared, template = prepare(request), chat_template(header)
+        prepared, template = prepare(request, found=found), chat_template(found.header)
         with _bar(prepared.planned.headers, self.verbose) as progress, interrupts_noted() as interrupt:
             engine = load_engine(prepared, request, interrupt, progress=progress)
         self._prepared: Prepared = prepared
@@ -246,7 +247,6 @@ class Loaded(Tracked):
         self._engine_now, self._left_out = engine, []
         self._closing = weakref.finalize(self, engine.close)  # for one that is dropped and was never closed
         self._closing.atexit = False
-        self._adapters: dict[Path, Adapter] = {each.file.path.resolve(): each for each, _ in engine.context.adapters}
 
 
 @contextmanager

@@ -92,10 +92,10 @@ def model_options(model: Served) -> Options:
         ("cache-type-k", settings.text("type_k")),
         ("cache-type-v", settings.text("type_v")),
         ("fit", "off"),  # the plan has done that
-        ("cache-ram", str(cache_mib(model.free_bytes))),
+        ("cache-ram", "0" if model.lora else str(cache_mib(model.free_bytes))),
     ]
-    if model.lora:
-        found.append(("lora-scaled", _scaled(model.lora)))
+    if model.lora:  # what was computed with other scales is not gone on from: see adapters.py
+        found += [("lora-scaled", _scaled(model.lora)), ("no-cache-prompt", None)]
     if model.mmproj:
         found.append(("mmproj", str(model.mmproj)))
     if model.purpose == "embeddings":

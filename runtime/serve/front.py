@@ -22,6 +22,7 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from runtime.serve import replies
+from runtime.serve.adapters import Adapters
 from runtime.serve.address import require_key
 from runtime.serve.admission import Admission, ClosedError, QueueFullError
 from runtime.serve.door import Bodies, target_of
@@ -42,7 +43,8 @@ BODY_S = 60.0
 @dataclass(frozen=True, kw_only=True)
 class FrontConfig:
     """``parallel`` requests generate at once and ``max_queue`` wait. ``allowed_endpoints`` are names of
-    ``endpoints.DANGEROUS``. The bodies that are held at one time take at most ``max_held_bytes`` together."""
+    ``endpoints.DANGEROUS``, ``adapters`` the scales of the model's adapters at the start. The bodies that are held at
+    one time take at most ``max_held_bytes`` together."""
 
     host: str
     port: int
@@ -54,6 +56,7 @@ class FrontConfig:
     drain_s: float = 30.0
     ui: bool = False
     allowed_endpoints: frozenset[str] = frozenset()
+    adapters: tuple[float, ...] = ()
     max_body_bytes: int = 64 * MIB
     max_held_bytes: int = 256 * MIB
     body_s: float = BODY_S
@@ -120,6 +123,7 @@ class _Front:
             allowed_hosts=config.allowed_hosts,
             allowed_origins=config.allowed_origins,
         )
+        self.adapters = Adapters(config.adapters)
         self.bodies = Bodies(config.max_body_bytes, config.max_held_bytes, config.body_s)
         self.forwarder: Forwarder
 
@@ -197,12 +201,20 @@ async def _pass_on(front: _Front, request: web.Request, endpoint: Endpoint, *, w
     arrived_s = time.monotonic()
     if front.draining:
         raise _shutting_down()
-    async with front.bodies.held(request) as body:
-        if request.method == hdrs.METH_POST and "cors-proxy" not in front.config.allowed_endpoints and fetches(body):
+    async with front.bodies.held(request) as sent:
+        if request.method == hdrs.METH_POST and "cors-proxy" not in front.config.allowed_endpoints and fetches(sent):
             said = "this server fetches nothing: send what the model is to see or hear as a data: URL"
             raise replies.refusal("fetch", 403, said, close=False)
+        restarts, generates = front.upstream.restarts, endpoint.kind == "generates"
+        body = front.adapters.settled(endpoint.label, sent, restarts=restarts) if generates else sent
         asked = Asked(endpoint=endpoint, target=request.raw_path, body=body, with_key=with_key, arrived_s=arrived_s)
-        if endpoint.kind != "generates":
+        if endpoint.label == "/lora-adapters" and request.method == hdrs.METH_POST:
+            scales = front.adapters.asked(body)
+            reply = await front.forwarder.forward(request, asked)
+            if reply.status == 200:
+                front.adapters.set(scales, restarts=restarts)
+            return reply
+        if not generates:
             return await front.forwarder.forward(request, asked)
         try:
             async with front.admission.turn():

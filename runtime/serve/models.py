@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.serve.command import DEFAULT_PARALLEL, MOST_PARALLEL, Served
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from runtime.memory.here import Planned
     from runtime.memory.plan import MemoryPlan
     from runtime.model_file import Purpose
-    from runtime.prepare import Prepared, Request
+    from runtime.prepare import Found, Prepared, Request
     from runtime.resolve import Resolved
 
 
@@ -31,25 +30,22 @@ def plan_model(request: Request, *, parallel: int | None, pooling: str | None = 
 
     Raises as ``prepare`` does; UsageError for a model that makes neither text nor vectors.
     """
-    from runtime.engine.adapters import parse_adapter
-    from runtime.prepare import check_adapters, prepare
-    from runtime.resolve import resolve
+    from runtime.prepare import prepare
 
     if parallel is not None and not 1 <= parallel <= MOST_PARALLEL:
         raise UsageError(f"--parallel {parallel}: it must lie between 1 and {MOST_PARALLEL}")
-    resolved = resolve(request.model)
-    purpose = purpose_of(resolved.path)
+    found, purpose = _found(request.model)
     if pooling and purpose != "embeddings":
-        raise UsageError(f"--pooling {pooling}: {resolved.path.name} writes text", hint="serve it without --pooling")
+        writes = f"{found.header.path.name} writes text"
+        raise UsageError(f"--pooling {pooling}: {writes}", hint="serve it without --pooling")
     if purpose == "embeddings":
-        request = _whole_batches(request, resolved)
-    prepared = prepare(request, purpose, sequences=parallel or 1, separate=True)
-    check_adapters(prepared.header.path, request)
+        request = _whole_batches(request, found)
+    prepared = prepare(request, purpose, found=found, sequences=parallel or 1, separate=True)
     clients = parallel or 1
     if parallel is None:
         prepared, clients = _with_more_clients(prepared, request)
     plan = prepared.planned.plan
-    name = name_of(request.model, resolved)
+    name = name_of(request.model, found.resolved)
     model = Served(
         name=name,
         aliases=(request.model,) if request.model != name else (),
@@ -57,28 +53,13 @@ def plan_model(request: Request, *, parallel: int | None, pooling: str | None = 
         purpose=purpose,
         settings=prepared.settings,
         parallel=clients,
-        lora=tuple((path.absolute(), scale) for path, scale in map(parse_adapter, request.lora)),
+        lora=tuple((each.path.absolute(), each.scale) for each in prepared.adapters),
         mmproj=prepared.mmproj.absolute() if prepared.mmproj else None,
         pooling=pooling,
         free_bytes=max(0, plan.devices[0].left_bytes),
     )
     _tell_untuned(prepared, request)
     return ModelPlan(model=model, plan=plan)
-
-
-def purpose_of(path: Path) -> Purpose:
-    """Text where the model writes any, else vectors; UsageError, saying what it is, when it makes neither."""
-    from runtime.model_file import open_model
-
-    try:
-        open_model(path)
-    except UsageError as error:
-        try:
-            open_model(path, "embeddings")
-        except UsageError:
-            raise error from None
-        return "embeddings"
-    return "text"
 
 
 def most_clients(one: Planned) -> tuple[Planned, int]:
@@ -138,6 +119,22 @@ def _missing(plans: Sequence[MemoryPlan], count: int) -> list[int]:
     return found
 
 
+def _found(typed: str) -> tuple[Found, Purpose]:
+    """For text where the model writes any, else for vectors; UsageError, saying what it is, when it makes neither."""
+    from runtime.model_file import open_model
+    from runtime.prepare import Found
+    from runtime.resolve import resolve
+
+    resolved = resolve(typed)
+    try:
+        return Found(resolved=resolved, header=open_model(resolved.path)), "text"
+    except UsageError as error:
+        try:
+            return Found(resolved=resolved, header=open_model(resolved.path, "embeddings")), "embeddings"
+        except UsageError:
+            raise error from None
+
+
 def _with_more_clients(prepared: Prepared, request: Request) -> tuple[Prepared, int]:
     from runtime.prepare import settle_with, with_tuning
 
@@ -158,15 +155,14 @@ def _as_good(wider: Planned, one: Planned) -> bool:
     return wider.plan.fits and len(kept) == len(placed) == 1
 
 
-def _whole_batches(request: Request, resolved: Resolved) -> Request:
+def _whole_batches(request: Request, found: Found) -> Request:
     """An encoder sees a text at once: batches as long as the context, unless they were asked for."""
     import os
 
-    from runtime.model_file import open_model
     from runtime.settings import DEFAULT_N_CTX, asked
 
-    wishes = asked(recipe=resolved.runtime, env=os.environ, flags=request.flags)
-    trained = open_model(resolved.path, "embeddings").n_ctx_train or DEFAULT_N_CTX
+    wishes = asked(recipe=found.resolved.runtime, env=os.environ, flags=request.flags)
+    trained = found.header.n_ctx_train or DEFAULT_N_CTX
     n_ctx = int(wishes["n_ctx"].value) if "n_ctx" in wishes else min(trained, DEFAULT_N_CTX)
     batches = {name: n_ctx for name in ("n_batch", "n_ubatch") if name not in wishes}
     return replace(request, flags={**request.flags, **batches})

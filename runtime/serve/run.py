@@ -133,6 +133,7 @@ async def _serve(options: Options, service: Service, sockets: Sequence[socket.so
         drain_s=options.drain_s,
         ui=options.ui,
         allowed_endpoints=frozenset(DANGEROUS) if options.allow_admin else frozenset(),
+        adapters=tuple(scale for _, scale in service.models[0].lora),  # --lora belongs to one model alone
     )
     app = make_app(config, supervisor)
     runner = make_runner(app)
@@ -219,6 +220,8 @@ def _tell_ready(options: Options, service: Service, supervisor: Supervisor, port
     )
     loaded = f"; {service.at_once} models at once" if len(service.models) > 1 else ""
     console.say(f"ready: {url}/v1  {each}{loaded}; queue {options.max_queue}")
+    for number, (path, scale) in enumerate(service.models[0].lora):
+        console.say(f"adapter {number}: {path.name} at {scale:g}")
     if options.ui:
         console.say(f"page: {url}/")
     if options.json:
@@ -248,6 +251,9 @@ def as_json(model: Served) -> dict[str, Any]:
         "purpose": model.purpose,
         "parallel": model.parallel,
         "n_ctx": model.n_ctx,
+        "adapters": [
+            {"id": number, "path": str(path), "scale": scale} for number, (path, scale) in enumerate(model.lora)
+        ],
         "settings": model.settings.as_json(),
     }
 

@@ -238,8 +238,8 @@ def test_an_adapter_is_read_as_it_was_written(adapter: Path) -> None:
         (0, 0x46554747, "0x46554747"),
         (4, 2, "version 2"),
         (16, 9, "9 dimensions"),
-        (20, 1 << 30, "it ends after"),
-        (24, 1, "type 1"),
+        (20, 1 << 30, "a name of 1073741824 bytes"),
+        (24, 2, "type 2"),
         (28, 1 << 31, "it ends after"),
     ],
 )

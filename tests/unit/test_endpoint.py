@@ -14,7 +14,7 @@ import pytest
 
 from runtime.chat.backend import Backend, Figures, Piece, ReplyOptions
 from runtime.chat.endpoint import connect, key_for
-from runtime.chat.exchange import other_model
+from runtime.chat.exchange import adapters, other_model
 from runtime.chat.talk import Talk
 from runtime.engine.sampling import SamplingOptions
 from runtime.interrupts import Interrupt
@@ -263,6 +263,24 @@ def test_chat_goes_on_with_another_model_of_the_server() -> None:
         asked = server.chats[1].json()
         assert asked["model"] == "beta"
         assert [message["content"] for message in asked["messages"]] == ["hello", "one", "and now?"]
+
+
+def test_adapters_of_a_llama_server_are_asked_for_by_name_or_id() -> None:
+    listing = [{"id": 0, "path": "/models/poet.gguf", "scale": 1.0}, {"id": 1, "path": "law.gguf", "scale": 0}]
+    served = {"GET /lora-adapters": answer(body=[*listing, {"id": "x"}, 3])}
+    with connected(*(chat("a") for _ in range(3)), models=[LLAMA], others=served) as (backend, server):
+        talk = Talk(backend, options())
+        assert adapters(talk, "") == "0 poet.gguf at 1\n1 law.gguf at 0"
+        list(talk.ask("hello"))
+        assert adapters(talk, "law.gguf=0.5") == "0 poet.gguf at 1\n1 law.gguf at 0.5"
+        assert adapters(talk, "-0") == "0 poet.gguf at 0\n1 law.gguf at 0.5"
+        list(talk.ask("and now?"))
+        with pytest.raises(UsageError, match="no adapter 2"):
+            adapters(talk, "2=1")
+        asked = [each.json().get("lora") for each in server.chats]
+        assert asked == [None, [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.5}]]
+    with connected() as (backend, _), pytest.raises(UsageError, match="is no llama-server"):
+        adapters(Talk(backend, options()), "")
 
 
 def test_model_that_is_not_listed_is_asked_for_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ def asked(model: Path | str, **changes: Any) -> Asked:
         "quantize_format": "auto",
         "is_70b": False,
         "lora": (),
+        "force_adapters": False,
         "tune": False,
         "verbose": 0,
         **changes,
@@ -67,7 +68,7 @@ def test_claim_of_70b_is_held_against_the_header(model: Path) -> None:
 
 def test_true_claim_of_70b_is_taken(tmp_path: Path) -> None:
     large = write_header(tmp_path / "large.gguf", "llama", n_layer=80, n_head=8, n_head_kv=1, n_ctx_train=4096)
-    assert requested(asked(large, is_70b=True))[1].n_layer == 80
+    assert requested(asked(large, is_70b=True))[1].header.n_layer == 80
 
 
 def test_file_of_another_quantization_is_refused(model: Path) -> None:
@@ -92,8 +93,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("results")
 def test_quantization_chooses_among_a_recipes_results() -> None:
-    assert requested(asked("twins"))[1].path.name == "twins-Q8_0.gguf"
-    assert requested(asked("twins", quantize_format="q4_k_m"))[1].path.name == "twins-Q4_K_M.gguf"
+    assert requested(asked("twins"))[1].header.path.name == "twins-Q8_0.gguf"
+    assert requested(asked("twins", quantize_format="q4_k_m"))[1].header.path.name == "twins-Q4_K_M.gguf"
     assert requested(asked("twins:Q4_K_M", quantize_format="Q4_K_M"))[0].model == "twins:Q4_K_M"
     with pytest.raises(UsageError, match="names Q8_0, quantize_format Q4_K_M"):
         requested(asked("twins:Q8_0", quantize_format="Q4_K_M"))

@@ -25,7 +25,7 @@ HEARTBEAT_S = 30.0
 
 
 class Step:
-    """One line of the story while it runs; ``advance`` moves its bar."""
+    """One line of the story while it runs; ``advance`` moves its bar, ``note`` stands beside it and at its end."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -136,17 +136,19 @@ def _live(console: Console, current: Step) -> Iterator[None]:
         BarColumn(bar_width=30),
         TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[note]}[/dim]"),
         console=console,
         transient=True,
     )
     with bar:
-        task = bar.add_task(escape(current.title), total=None, count="")
+        task = bar.add_task(escape(current.title), total=None, count="", note="")
         stop = threading.Event()
 
         def refresh() -> None:
             while not stop.wait(0.1):
                 total = current.total or None
-                bar.update(task, completed=current.done, total=total, count=_count(current))
+                count, note = _count(current), escape(current.note)
+                bar.update(task, completed=current.done, total=total, count=count, note=note)
 
         thread = threading.Thread(target=refresh, daemon=True)
         thread.start()
@@ -164,7 +166,7 @@ def _heartbeat(console: Console, current: Step, started: float) -> Iterator[None
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
             seconds = time.monotonic() - started
-            console.print(f"… {escape(current.title)}  {_count(current)}  {seconds:.0f}s")
+            console.print(f"… {escape(current.title)}  {_count(current)}  {seconds:.0f}s{_noted(current)}")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -185,5 +187,8 @@ def _count(current: Step) -> str:
 
 def _close(console: Console, mark: str, current: Step, started: float) -> None:
     seconds = time.monotonic() - started
-    note = f"  [dim]{escape(current.note)}[/dim]" if current.note else ""
-    console.print(f"{mark} {escape(current.title)}  {seconds:.1f}s{note}")
+    console.print(f"{mark} {escape(current.title)}  {seconds:.1f}s{_noted(current)}")
+
+
+def _noted(current: Step) -> str:
+    return f"  [dim]{escape(current.note)}[/dim]" if current.note else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -14,13 +14,13 @@ from runtime.chat.endpoint.address import checked_key, parse_address
 from runtime.chat.endpoint.ask import ask, read_json
 from runtime.chat.endpoint.chunk import count
 from runtime.chat.endpoint.errors import RefusedError, Server
-from runtime.chat.endpoint.look import Found, look
+from runtime.chat.endpoint.look import Found, adapters, look
 from runtime.chat.endpoint.reply import Reply
 from runtime.chat.endpoint.request import encode, refused_fields, request_body, sent, unknown_extras
 from runtime.chat.endpoint.wire import Answer, Cancelled, Wire, make_wire
 from runtime.interrupts import Interrupt
 from toolchain.base import console
-from toolchain.base.errors import FetchError
+from toolchain.base.errors import FetchError, UsageError
 
 if TYPE_CHECKING:
     from runtime.chat.endpoint.address import Address
@@ -35,6 +35,7 @@ class Endpoint:
     """A Backend over HTTP. ``count`` is known of a llama-server only."""
 
     _counts: bool
+    _scales: dict[int, float] | None
 
     def __init__(self, wire: Wire, address: Address, found: Found, timeout_s: float) -> None:
         self._wire = wire
@@ -96,6 +97,25 @@ class Endpoint:
         """Let another of the server's models answer; errors as of ``connect``, and the one before answers on then."""
         self._take(look(self._wire, self._address, model))
 
+    def adapters(self) -> dict[int, tuple[str, float]]:
+        """Names of the server's adapters and the scales at which it answers here, by their ids; UsageError where it is
+        no llama-server.
+        """
+        if not self._found.llama:
+            raise UsageError(
+                f"{self._wire.server} is no llama-server, and tells of no adapters",
+                hint="choose one of its models with /model NAME",
+            )
+        served = adapters(self._wire, self._bases[0])
+        own = self._scales
+        return {
+            number: (name, scale if own is None else own.get(number, 0.0)) for number, (name, scale) in served.items()
+        }
+
+    def set_adapters(self, scales: Mapping[int, float]) -> None:
+        """Ask for these scales with each request from now on, by the adapters' ids; nobody else is answered so."""
+        self._scales = dict(scales)
+
     def close(self) -> None:
         self._wire.close()
 
@@ -106,6 +126,7 @@ class Endpoint:
         self._without: frozenset[str] = frozenset()
         self._warned: set[str] = set()
         self._counts = found.llama
+        self._scales = None
 
     def _ask(self, messages: Sequence[Message], options: ReplyOptions, interrupt: Interrupt) -> Answer:
         """The beginning of the answer; where nobody told its place, all that are left are tried.
@@ -115,6 +136,8 @@ class Endpoint:
         nowhere: RefusedError | None = None
         while True:
             body = request_body(messages, options, model=self.name, llama=self._found.llama, without=self._without)
+            if self._scales is not None:
+                body["lora"] = [{"id": number, "scale": scale} for number, scale in self._scales.items()]
             self._warn_of_extras(body)
             try:
                 answer = self._post(body, interrupt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 from runtime.chat.endpoint.ask import ask, read_json
@@ -71,6 +72,17 @@ def look(wire: Wire, address: Address, model: str | None) -> Found:
     n_ctx, sees = _known(wire, base, entry, llama=llama, alone=alone)
     bases = address.bases if listing is None else (base,)
     return Found(bases=bases, model=chosen, models=tuple(entries), llama=llama, n_ctx=n_ctx, sees=sees)
+
+
+def adapters(wire: Wire, base: str) -> dict[int, tuple[str, float]]:
+    """Names and scales of the adapters that a llama-server has loaded, by their ids; none where it tells of none."""
+    told = _get(wire, f"{base.removesuffix('/v1')}/lora-adapters")
+    found = {}
+    for each in map(_object, told if isinstance(told, list) else ()):
+        match each:
+            case {"id": int(number), "path": str(path), "scale": int() | float() as scale}:
+                found[number] = (wire.server.safe(PurePath(path).name, limit=200), float(scale))
+    return found
 
 
 def _get(wire: Wire, url: str) -> object:
