@@ -181,7 +181,59 @@ def quantize(c: Context, recipe: str, dry_run: bool = False, update: bool = Fals
         verbs.quantize(Path(recipe), update=update, as_json=json)
 
 
-@foundry_task(positional=["file"], help={"file": "a GGUF that `inv quantize` made"})
+@foundry_task(
+    positional=["recipe"],
+    help={
+        "recipe": "the LoRA recipe's file; with --convert, --from-peft and --to-peft what is converted",
+        "dry-run": "plan only: memory, time by a short probe, steps",
+        "fresh": "train anew, not on from the last checkpoint or result",
+        "convert": "OLD.bin, an adapter of llama.cpp's trainer of 2023, to GGUF",
+        "from-peft": "FOLDER, an adapter in PEFT form, to GGUF",
+        "to-peft": "ADAPTER.gguf to PEFT form",
+        "base": "with these: the GGUF that the adapter is for",
+        "output": "with these: what to write (default: beside what is read)",
+        "json": "one JSON object on stdout",
+    },
+)
+def lora(
+    c: Context,
+    recipe: str,
+    dry_run: bool = False,
+    fresh: bool = False,
+    convert: bool = False,
+    from_peft: bool = False,
+    to_peft: bool = False,
+    base: str | None = None,
+    output: str | None = None,
+    json: bool = False,
+) -> None:
+    """Train a LoRA adapter on a quantized model, and judge it; or convert one between forms."""
+    from toolchain.lora import verbs
+
+    form = verbs.chosen_form({"convert": convert, "from-peft": from_peft, "to-peft": to_peft}, base=base, output=output)
+    if form:
+        trains = {"--dry-run": dry_run, "--fresh": fresh}
+        verbs.convert(form, Path(recipe), base=base, output=output, trains=trains, as_json=json)
+    else:
+        verbs.lora(Path(recipe), dry_run=dry_run, fresh=fresh, as_json=json)
+
+
+@foundry_task(
+    positional=["recipe"],
+    help={
+        "recipe": "the LoRA recipe's file; its adapter is trained already",
+        "type": "what the merged model is quantized to (default: the recipe's merge.type, else the base's own types)",
+        "json": "one JSON object on stdout",
+    },
+)
+def merge(c: Context, recipe: str, type: str | None = None, json: bool = False) -> None:
+    """Merge a trained adapter into its base at full precision, and quantize the result."""
+    from toolchain.lora import verbs
+
+    verbs.merge(Path(recipe), asked_type=type, as_json=json)
+
+
+@foundry_task(positional=["file"], help={"file": "a GGUF that `inv quantize`, `inv lora` or `inv merge` made"})
 def verify(c: Context, file: str) -> None:
     """Check a made GGUF: header, size and SHA-256 against its sidecar."""
     from toolchain.pipeline import provenance
@@ -232,21 +284,25 @@ def test_(c: Context, tier: str | None = None, k: str | None = None) -> None:
 def check(c: Context) -> None:
     """Lint, format, types, import rules, and generated files."""
     from runtime.llama.reference import check_reference
+    from toolchain.lora import verbs as lora_verbs
     from toolchain.pipeline import verbs
 
     for argv in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("lint-imports",)):
         tool = Path(sys.executable).parent / argv[0]
         command.attach((tool, *argv[1:]), what=" ".join(argv), cwd=files.PROJECT_ROOT)
     verbs.check_schema(files.PROJECT_ROOT / "recipes")
+    lora_verbs.check_schema(files.PROJECT_ROOT / "recipes" / "lora")
     check_reference(files.PROJECT_ROOT / "docs")
 
 
 @foundry_task()
 def schema(c: Context) -> None:
-    """Write recipes/recipe.schema.json from the recipe model."""
+    """Write the recipes' schema files from the recipe models."""
+    from toolchain.lora import verbs as lora_verbs
     from toolchain.pipeline import verbs
 
     verbs.write_schema(files.PROJECT_ROOT / "recipes")
+    lora_verbs.write_schema(files.PROJECT_ROOT / "recipes" / "lora")
 
 
 @foundry_task()

@@ -132,6 +132,7 @@ def prove_trainer(bin_dir: Path, *, env: Mapping[str, str | None] | None = None,
         bench.text.write_text(TEXT)
         losses = _train(bench)
         pairs = _check_adapter(bench.adapter)
+        trained = sum(b.values.any() for _, b in pairs)
         base, merged = _merge_and_judge(bench)
         told = bench.run(
             "main", "-m", bench.merged, "-p", "the quick", "-n", 4, "-t", 1, "-c", CONTEXT, "--seed", SEED, "-ngl", 99
@@ -143,7 +144,7 @@ def prove_trainer(bin_dir: Path, *, env: Mapping[str, str | None] | None = None,
         losses=losses,
         rank=RANK,
         pairs=len(pairs),
-        trained=sum(any(b.values) for _, b in pairs),
+        trained=int(trained),
         perplexity_base=base,
         perplexity_merged=merged,
         seconds=round(time.monotonic() - started, 3),
@@ -214,7 +215,7 @@ def _check_adapter(path: Path) -> list[tuple[AdapterTensor, AdapterTensor]]:
             raise _refused("the adapter has the wrong rank", f"{a.name} {a.shape}, {b.name} {b.shape}: not {wanted}")
         if not all(map(math.isfinite, (*a.values, *b.values))):
             raise _refused("the adapter holds numbers that are not finite", f"in {a.name} or {b.name}")
-    if not any(any(b.values) for _, b in pairs):
+    if not any(b.values.any() for _, b in pairs):
         raise _refused("the adapter changes nothing", f"B is zero in all of its {len(pairs)} pairs")
     return pairs
 

@@ -46,7 +46,7 @@ class Base(Strict):
 class Source(Strict):
     """One file of examples: exactly one of text, chat and instruct."""
 
-    text: str | None = Field(None, description="plain text, relative to the recipe: every token is learned")
+    text: str | None = Field(None, description="plain text, relative to the recipe; or builtin:python-source")
     chat: str | None = Field(None, description="JSONL of conversations: messages with role and content")
     instruct: str | None = Field(None, description="JSONL of instruction, input and output (or prompt and completion)")
     repeat: Positive = Field(1, description="how often the file counts in an epoch")
@@ -91,7 +91,6 @@ class AdapterOptions(Strict):
     dropout: Fraction = Field(0.0, description="the share of the adapter's inputs dropped in training")
     targets: tuple[str, ...] | Literal["all-linear", "attention", "feed-forward"] = Field(
         "all-linear",
-        strict=False,
         description="all-linear, attention, feed-forward, or names as in attn_q (GGUF) or q_proj (transformers)",
     )
     rslora: bool = Field(False, description="scale by alpha/sqrt(rank), as arXiv 2312.03732")

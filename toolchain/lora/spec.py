@@ -75,13 +75,14 @@ class TrainSpec:
 class StepLine:
     """One line of the loss curve. ``loss`` is the mean cross entropy (nats) over the step's learned tokens.
 
-    Time is not in it: an interrupted and resumed run writes the same bytes as one that was not.
+    Time is not in it: an interrupted and resumed run writes the same bytes as one that was not. ``grad_norm``, before
+    it is cut down, is None where the engine does not tell it (ggml).
     """
 
     step: int
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     learned_tokens: int
 
 

@@ -86,6 +86,17 @@ def execute(plan: Plan) -> Outcome:
     return outcome
 
 
+def make_step(plan: Plan, step_id: str) -> Path:
+    """The output of one intermediate step, made with all that it needs where it is not there."""
+    step = plan.step(step_id)
+    with files.home_in_use():
+        if not _is_done(step):
+            for need in step.needs:
+                make_step(plan, need)
+            _run(plan, step)
+    return step.output
+
+
 def refuse_other_model(plan: Plan) -> None:
     """UsageError when the results folder belongs to another model: one of the same name would replace its files."""
     known = files.read_json(plan.folder / MANIFEST)

@@ -1,4 +1,4 @@
-"""Perplexity of a GGUF on a text, by the built llama-perplexity."""
+"""Perplexity of a GGUF on a text, by the built llama-perplexity, and how that program is asked at all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from toolchain.stages.stage import Stage
 
 FINAL = re.compile(r"Final estimate: PPL(?:\s*=\s*|\s+over .*?=\s*)([\d.]+|nan|inf|-nan)(?: \+/- ([\d.]+))?")
 TOO_SHORT = "you need at least"
-TRIES = 3
+TOKENS = re.compile(r"tokenizes to only (\d+) tokens")
+TRIES = 10
 """llama.cpp's logger is a thread that the end of the program does not wait for (llama.cpp issue 22142): under
-load the last lines, and with them the figure, can be lost though all went well. Then we ask again."""
+load the last lines, and with them the figure, can be lost though all went well. Then we ask again. It is small models,
+asked in a second, whose end comes that quickly: of 20 runs on a busy machine 3 were lost, and once 3 in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,35 +53,19 @@ class Evaluate(Stage):
         return {"stage": "evaluate", "n_ctx": self.n_ctx, "chunks": self.chunks, "toolchain": self.toolchain_id}
 
     def command(self, output: Path) -> tuple[str, ...]:
-        threads = str(machine.probe().compute_threads)
-        limit = () if self.chunks is None else ("--chunks", str(self.chunks))
-        size = ("--ctx-size", str(self.n_ctx), "--threads", threads)
-        return (str(self.tool), "--model", str(self.model), "--file", str(self.corpus), *size, *limit)
+        return perplexity_argv(self.tool, self.model, self.corpus, n_ctx=self.n_ctx, chunks=self.chunks)
 
     def run(self, output: Path, *, log: Path, on_progress: OnProgress) -> None:
-        for _ in range(TRIES):
-            said = command.run(
-                self.command(output),
-                what=f"judging {self.label}",
-                log=log,
-                parse=parse_chunks,
-                on_progress=on_progress,
-            ).output
-            final = FINAL.search(said)
-            if final or TOO_SHORT in said:
-                break
-        if TOO_SHORT in said:
+        try:
+            said = ask(self.command(output), FINAL, label=self.label, log=log, on_progress=on_progress)
+        except TooShort as error:
             raise UsageError(
                 f"the evaluation text is too short for windows of {self.n_ctx} tokens",
-                evidence=next(line for line in said.splitlines() if TOO_SHORT in line),
+                evidence=error.evidence,
                 hint="give a longer evaluate.corpus, or a smaller evaluate.n_ctx",
-            )
-        if not final:
-            raise ArtifactError(
-                f"llama-perplexity gave no figure for {self.label}",
-                evidence="\n".join(said.splitlines()[-8:]),
-                hint=f"read {log}, then run the recipe again",
-            )
+            ) from None
+        final = FINAL.search(said)
+        assert final is not None
         figures = {"perplexity": float(final[1]), "error": float(final[2] or "nan"), "n_ctx": self.n_ctx}
         output.write_text(json.dumps(figures))
 
@@ -93,6 +79,38 @@ class Evaluate(Stage):
                 hint="the source weights or this quantization are broken; try another type",
             )
         return figures
+
+
+class TooShort(UsageError):
+    """A text of ``tokens`` tokens (None: it was not told), fewer than the two windows that are needed."""
+
+    def __init__(self, evidence: str, tokens: int | None) -> None:
+        super().__init__("the text is too short for two windows", evidence=evidence)
+        self.tokens = tokens
+
+
+def perplexity_argv(tool: Path, model: Path, text: Path, *, n_ctx: int, chunks: int | None) -> tuple[str, ...]:
+    """llama-perplexity of ``model`` over ``text`` in windows of ``n_ctx`` tokens, at most ``chunks`` of them."""
+    limit = () if chunks is None else ("--chunks", str(chunks))
+    size = ("--ctx-size", str(n_ctx), "--threads", str(machine.probe().compute_threads))
+    return (str(tool), "--model", str(model), "--file", str(text), *size, *limit)
+
+
+def ask(argv: tuple[str, ...], wanted: re.Pattern[str], *, label: str, log: Path, on_progress: OnProgress) -> str:
+    """What llama-perplexity says, with ``wanted`` in it. Raises TooShort, and ArtifactError when the figure is lost."""
+    for _ in range(TRIES):
+        said = command.run(argv, what=f"judging {label}", log=log, parse=parse_chunks, on_progress=on_progress).output
+        if TOO_SHORT in said:
+            found = TOKENS.search(said)
+            line = next(line for line in said.splitlines() if TOO_SHORT in line)
+            raise TooShort(line, int(found[1]) if found else None)
+        if wanted.search(said):
+            return said
+    raise ArtifactError(
+        f"llama-perplexity gave no figure for {label}",
+        evidence="\n".join(said.splitlines()[-8:]),
+        hint=f"read {log}, then run the recipe again",
+    )
 
 
 def parse_chunks(recent: str) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from toolchain.base import command, machine
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import ArtifactError
-from toolchain.base.gguf import read_header
+from toolchain.base.gguf import GgufHeader, read_header
 from toolchain.stages.stage import Stage
 
 # Bits per weight of each type on Llama-3.1-8B, from the table in llama.cpp's tools/quantize/README.md at
@@ -101,7 +101,7 @@ class Quantize(Stage):
     def check(self, output: Path) -> Mapping[str, object]:
         """The header is sound, no tensor was lost, and the data is all there."""
         header, source = read_header(output), read_header(self.source)
-        lost = {t.name: t.shape for t in source.tensors}.items() - {t.name: t.shape for t in header.tensors}.items()
+        lost = _shapes(source) - _shapes(header)
         if lost:
             raise ArtifactError(
                 f"{output.name} lacks tensors of its source",
@@ -109,6 +109,11 @@ class Quantize(Stage):
                 hint="run the recipe again; if it stays so, try another `./inv build --source`",
             )
         return {"n_params": header.n_params, "bits_per_weight": round(header.bits_per_weight, 4)}
+
+
+def _shapes(header: GgufHeader) -> set[tuple[str, tuple[int, ...]]]:
+    """Of all tensors; extents of 1 at the end do not count, since llama-quantize leaves them out."""
+    return {(tensor.name, (*tensor.shape, 1, 1, 1)[:4]) for tensor in header.tensors}
 
 
 def _short(value: str) -> str:

@@ -1,0 +1,142 @@
+"""What `inv lora` and `inv merge` do and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from toolchain.base import console, files
+from toolchain.base.command import shown
+from toolchain.base.errors import UsageError
+from toolchain.build.verbs import ensure_current
+from toolchain.lora import report
+from toolchain.lora.probe import TrainingPlan
+from toolchain.lora.recipe import SCHEMA_NAME, load_lora_recipe, schema_text
+from toolchain.lora.run import merged, plan_only, run, steps_done
+from toolchain.lora.training import look_up
+
+Form = Literal["convert", "from-peft", "to-peft"]
+
+
+def lora(recipe: Path, *, dry_run: bool, fresh: bool, as_json: bool) -> None:
+    """``inv lora RECIPE``: train what is not trained yet; its figures and how to use it on stdout."""
+    if dry_run and fresh:
+        raise UsageError("--dry-run trains nothing, so nothing can be --fresh", hint="leave one of them out")
+    training = look_up(recipe)
+    if dry_run:
+        plan = plan_only(training)
+        if as_json:
+            console.answer_json(report.plan_json(training, plan, steps_done=steps_done(training)))
+        else:
+            for line in report.plan_lines(training, plan):
+                console.answer(line)
+        return
+
+    def tell(plan: TrainingPlan) -> None:
+        for line in report.plan_lines(training, plan):
+            console.say(line)
+
+    found = run(training, fresh=fresh, tell=tell)
+    if as_json:
+        console.answer_json(report.result_json(training, found))
+        return
+    if found.reused:
+        console.say("it is trained and judged already; --fresh trains anew")
+    console.answer_table(*report.result_table(found))
+    for line in report.result_lines(found):
+        console.answer(line)
+
+
+def chosen_form(flags: Mapping[Form, bool], *, base: str | None, output: str | None) -> Form | None:
+    """The conversion that was asked for, None where none was; UsageError for what does not go together."""
+    named = [form for form, typed in flags.items() if typed]
+    if len(named) > 1:
+        both = " and ".join(f"--{form}" for form in named)
+        raise UsageError(f"{both} exclude each other", hint="convert one at a time")
+    if named:
+        return named[0]
+    for flag, value in (("--base", base), ("--output", output)):
+        if value:
+            raise UsageError(
+                f"{flag} belongs to --convert, --from-peft and --to-peft",
+                hint="a recipe names its base itself, and its results go to models/NAME/",
+            )
+    return None
+
+
+def convert(
+    form: Form, source: Path, *, base: str | None, output: str | None, trains: Mapping[str, bool], as_json: bool
+) -> None:
+    """``inv lora --convert``, ``--from-peft`` and ``--to-peft``; ``trains`` are options of a training, if typed."""
+    for flag, typed in trains.items():
+        if typed:
+            raise UsageError(f"{flag} does not go with --{form}", hint="train and convert one after the other")
+    if not base:
+        hint = f"add --base MODEL.gguf, the model that {source.name} is for"
+        raise UsageError(f"--{form} needs the base: names and shapes are its", hint=hint)
+    model, target = files.expand(base), files.expand(output) if output else source.with_name(_NAMED[form](source))
+    if target.exists():
+        raise UsageError(f"{target} is there already", hint="name another file with --output, or delete it")
+    log = files.home_dir("logs") / "lora" / f"{form}.log"
+    with files.home_in_use():
+        found = {"convert": _convert, "from-peft": _from_peft, "to-peft": _to_peft}[form](source, model, target, log)
+    if as_json:
+        console.answer_json({"output": str(target), "base": str(model), **found})
+        return
+    console.answer(str(target))
+    if form != "to-peft":
+        console.answer(f"use it: python -m runtime chat {shown([model])} --lora {shown([target])}")
+
+
+def merge(recipe: Path, *, asked_type: str | None, as_json: bool) -> None:
+    """``inv merge RECIPE``: the merged model's file and how far it is from base and adapter, on stdout."""
+    training = look_up(recipe)
+    made = merged(training, asked_type)
+    if as_json:
+        console.answer_json(report.merged_json(training, made))
+        return
+    console.answer_table(*report.merged_table(made))
+    console.answer(f"use it: python -m runtime chat {shown([made.path])}")
+
+
+def check_schema(recipes: Path) -> None:
+    """Raise UsageError when the schema file is not what the recipe model says, or a shipped recipe is wrong."""
+    path = recipes / SCHEMA_NAME
+    if not path.is_file() or path.read_text() != schema_text():
+        raise UsageError(f"{path} is out of date", hint="run `./inv schema` and commit the result")
+    for recipe in sorted(recipes.glob("*.yaml")):
+        load_lora_recipe(recipe)
+
+
+def write_schema(recipes: Path) -> None:
+    (recipes / SCHEMA_NAME).write_text(schema_text())
+
+
+_NAMED: Mapping[Form, Callable[[Path], str]] = {
+    "convert": lambda source: f"{source.stem}-lora.gguf",
+    "from-peft": lambda source: f"{source.name}.gguf",
+    "to-peft": lambda source: f"{source.stem}-peft",
+}
+
+
+def _convert(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
+    from toolchain.lora.bridge import convert as over_the_bridge
+
+    told = over_the_bridge(source, base, target)
+    return asdict(told)
+
+
+def _from_peft(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
+    from toolchain.lora.peft_form import from_peft
+
+    made = from_peft(source, base, target, toolchain=ensure_current(), log=log)
+    return {"pairs": len(made.pairs), "alpha": made.alpha, "base_sha256": made.base_sha256}
+
+
+def _to_peft(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
+    from toolchain.lora.peft_form import to_peft
+
+    to_peft(source, base, target, log=log)
+    return {}
