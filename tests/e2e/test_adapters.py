@@ -22,7 +22,7 @@ from tests.serving import refused, serving, until
 from toolchain.base.errors import ArtifactError
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import tensors_sha256
-from toolchain.lora.adapter import AdapterModel, Pair, write_adapter
+from toolchain.lora.forms.adapter import AdapterModel, Pair, write_adapter
 
 environment = fixtures.environment
 

@@ -23,10 +23,10 @@ from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.build import ggla, legacy
 from toolchain.build.toolchain import Toolchain, load
-from toolchain.lora.adapter import AdapterModel, read_adapter
-from toolchain.lora.bridge import convert
-from toolchain.lora.evaluate import perplexity
+from toolchain.lora.forms.adapter import AdapterModel, read_adapter
+from toolchain.lora.forms.bridge import convert
 from toolchain.lora.ggml_engine.train import ADAPTER_FILE, Trained, train
+from toolchain.lora.judging.evaluate import perplexity
 from toolchain.lora.recipe import LoraRecipe
 from toolchain.lora.spec import METRICS
 from toolchain.stages.corpus import python_docs

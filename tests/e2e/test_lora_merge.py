@@ -21,11 +21,11 @@ from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.adapter import AdapterModel, Pair, write_adapter
-from toolchain.lora.evaluate import text_file
-from toolchain.lora.merge import MERGED_BASE_KEY, MERGED_KEY, judge, merge
-from toolchain.lora.merge_gate import Text
-from toolchain.lora.requantize import parse_type
+from toolchain.lora.forms.adapter import AdapterModel, Pair, write_adapter
+from toolchain.lora.forms.merge import MERGED_BASE_KEY, MERGED_KEY, judge, merge
+from toolchain.lora.forms.merge_gate import Text
+from toolchain.lora.forms.requantize import parse_type
+from toolchain.lora.judging.evaluate import text_file
 from toolchain.pipeline import provenance
 from toolchain.pipeline.recipe import BUILTIN_CORPUS
 
@@ -211,8 +211,8 @@ MERGE = """
 import dataclasses, json
 from toolchain.build.toolchain import current
 from toolchain.lora.base import read_base
-from toolchain.lora.evaluate import text_file
-from toolchain.lora.merge import merge_recipe
+from toolchain.lora.judging.evaluate import text_file
+from toolchain.lora.forms.merge import merge_recipe
 from toolchain.lora.recipe import load_lora_recipe
 
 recipes, toolchain = Path("recipes"), current()

@@ -18,10 +18,10 @@ from toolchain.base.errors import ArtifactError, FoundryError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.adapter import AdapterModel, Pair, read_adapter, write_adapter
-from toolchain.lora.merge import merge
-from toolchain.lora.peft_form import CONFIG, WEIGHTS, from_peft, to_peft
-from toolchain.lora.requantize import parse_type
+from toolchain.lora.forms.adapter import AdapterModel, Pair, read_adapter, write_adapter
+from toolchain.lora.forms.merge import merge
+from toolchain.lora.forms.peft_form import CONFIG, WEIGHTS, from_peft, to_peft
+from toolchain.lora.forms.requantize import parse_type
 from toolchain.lora.spec import TrainSpec
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"

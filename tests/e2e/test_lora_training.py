@@ -20,8 +20,8 @@ from toolchain.base import files
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import BASE_NAME_KEY, BASE_SHA256_KEY, tensors_sha256
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.adapter import read_adapter
 from toolchain.lora.dataset_file import Rows, read_dataset, write_dataset
+from toolchain.lora.forms.adapter import read_adapter
 from toolchain.lora.spec import TrainOutcome, TrainSpec
 
 N_VOCAB, N_CTX = 512, 24

@@ -16,7 +16,7 @@ from tests.generated_models import Family, write_model
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import BASE_NAME_KEY, BASE_SHA256_KEY
-from toolchain.lora.adapter import AdapterModel, Pair, check_against, read_adapter, write_adapter
+from toolchain.lora.forms.adapter import AdapterModel, Pair, check_against, read_adapter, write_adapter
 
 NUMBERS = np.random.default_rng(5)
 

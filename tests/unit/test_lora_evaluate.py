@@ -14,10 +14,10 @@ from tests.generated_models import write_header
 from toolchain.base import files
 from toolchain.base.errors import ArtifactError, CommandError, FoundryError, UsageError
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora import drift as drift_module
-from toolchain.lora.drift import Drift, drift
-from toolchain.lora.evaluate import SMALLEST_WINDOW, perplexity
-from toolchain.lora.replies import Replies, as_markdown
+from toolchain.lora.judging import drift as drift_module
+from toolchain.lora.judging.drift import Drift, drift
+from toolchain.lora.judging.evaluate import SMALLEST_WINDOW, perplexity
+from toolchain.lora.judging.replies import Replies, as_markdown
 
 TOOL = """#!{python}
 # llama-perplexity as far as its command line, its file and its words go; a token is a byte of the text.

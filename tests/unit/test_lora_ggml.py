@@ -18,8 +18,8 @@ from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import GgufHeader, MetadataValue, read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.adapter import read_adapter
-from toolchain.lora.bridge import convert
+from toolchain.lora.forms.adapter import read_adapter
+from toolchain.lora.forms.bridge import convert
 from toolchain.lora.ggml_engine.checkpoints import keep, resume
 from toolchain.lora.ggml_engine.flags import finetune_argv, micro_rows, rate_at, settle_targets, warmup_steps
 from toolchain.lora.ggml_engine.progress import Iteration, parse_iteration, parse_tokens
@@ -352,7 +352,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     program = (
-        "import sys, toolchain.lora.bridge, toolchain.lora.ggml_engine.train\n"
+        "import sys, toolchain.lora.forms.bridge, toolchain.lora.ggml_engine.train\n"
         "print([name for name in ('torch', 'numpy', 'gguf', 'llama_cpp') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

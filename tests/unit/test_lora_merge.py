@@ -15,11 +15,11 @@ from tests.unit.test_lora_adapter import adapter_for
 from toolchain.base.errors import ArtifactError, MissingError, UsageError
 from toolchain.base.gguf import GgufHeader, TensorInfo, read_header
 from toolchain.base.gguf_header import StringArray
-from toolchain.lora.adapter import AdapterModel
-from toolchain.lora.merge_gate import Gate, require_close
-from toolchain.lora.merged_weights import Scaled, changed_tensors
-from toolchain.lora.requantize import nearest, parse_type, require_own_types
-from toolchain.lora.rewrite import rewrite, rewritten_bytes
+from toolchain.lora.forms.adapter import AdapterModel
+from toolchain.lora.forms.merge_gate import Gate, require_close
+from toolchain.lora.forms.merged_weights import Scaled, changed_tensors
+from toolchain.lora.forms.requantize import nearest, parse_type, require_own_types
+from toolchain.lora.forms.rewrite import rewrite, rewritten_bytes
 from toolchain.stages.quantize import BITS_PER_WEIGHT, NEEDS_IMATRIX
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.generated_models import write_model
 from toolchain.base.errors import ArtifactError, FoundryError, UsageError
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.peft_form import CONFIG, WEIGHTS, from_peft, to_peft
+from toolchain.lora.forms.peft_form import CONFIG, WEIGHTS, from_peft, to_peft
 
 NO_TOOLCHAIN: Any = None
 

@@ -59,9 +59,9 @@ def read_outcome(folder: Path) -> TrainOutcome | None:
 
 def run_ggml(training: Training, data: Prepared, *, steps: int, on_step: Callable[[StepLine], None]) -> TrainOutcome:
     """Train by the trainer of 2023, bring its result over the bridge, and leave the same files as the other engine."""
-    from toolchain.lora.bridge import convert
+    from toolchain.lora.forms.bridge import convert
+    from toolchain.lora.forms.peft_form import to_peft
     from toolchain.lora.ggml_engine.train import train
-    from toolchain.lora.peft_form import to_peft
 
     folder, base = Path(training.run_dir), training.base.path
     made = train(

@@ -11,7 +11,7 @@ from toolchain.base.errors import UsageError
 from toolchain.lora.data.prepare import Prepared, prepare_data
 from toolchain.lora.engines import run_torch
 from toolchain.lora.estimate import MARGIN, Work
-from toolchain.lora.evaluate import SMALLEST_WINDOW
+from toolchain.lora.judging.evaluate import SMALLEST_WINDOW
 from toolchain.lora.plan import Length, Means, require_measured_fit, settle_length, settle_means, train_spec
 from toolchain.lora.spec import TrainOutcome
 from toolchain.lora.training import Training

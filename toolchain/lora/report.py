@@ -8,7 +8,7 @@ from typing import Any
 
 from toolchain.base.command import shown
 from toolchain.base.console import format_bytes
-from toolchain.lora.merge import MergedModel
+from toolchain.lora.forms.merge import MergedModel
 from toolchain.lora.probe import TrainingPlan
 from toolchain.lora.progress import duration
 from toolchain.lora.results import Results

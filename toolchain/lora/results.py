@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from toolchain.base import files
 from toolchain.base.errors import UsageError
-from toolchain.lora.adapter import read_adapter, write_adapter
 from toolchain.lora.curve import draw_curve, read_curve
 from toolchain.lora.data.prepare import Prepared
 from toolchain.lora.engines import ADAPTER_GGUF, finished
 from toolchain.lora.fingerprint import PACKAGES
-from toolchain.lora.judge import Judgement
-from toolchain.lora.replies import as_markdown
+from toolchain.lora.forms.adapter import read_adapter, write_adapter
+from toolchain.lora.judging.judge import Judgement
+from toolchain.lora.judging.replies import as_markdown
 from toolchain.lora.spec import ADAPTER, METRICS, OUTCOME, TrainOutcome
 from toolchain.lora.training import Training
 from toolchain.pipeline import provenance

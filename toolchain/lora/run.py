@@ -11,8 +11,8 @@ from toolchain.base.errors import UsageError
 from toolchain.lora import results
 from toolchain.lora.data.prepare import Prepared
 from toolchain.lora.engines import finished, run_ggml, run_torch
-from toolchain.lora.judge import judge, require_little_drift
-from toolchain.lora.merge import MergedModel, merge_recipe
+from toolchain.lora.forms.merge import MergedModel, merge_recipe
+from toolchain.lora.judging.judge import judge, require_little_drift
 from toolchain.lora.plan import train_spec
 from toolchain.lora.probe import TrainingPlan, make_plan, prepared
 from toolchain.lora.progress import Progress

@@ -15,8 +15,8 @@ from toolchain.lora import builtin, fingerprint
 from toolchain.lora.base import BaseModel, find_base
 from toolchain.lora.data.prepare import DataRequest
 from toolchain.lora.data.records import DataFile
-from toolchain.lora.evaluate import text_file
 from toolchain.lora.ggml_engine.refuse import check_base, check_recipe
+from toolchain.lora.judging.evaluate import text_file
 from toolchain.lora.recipe import LoraRecipe, Source, load_lora_recipe
 
 

@@ -122,21 +122,21 @@ _NAMED: Mapping[Form, Callable[[Path], str]] = {
 
 
 def _convert(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
-    from toolchain.lora.bridge import convert as over_the_bridge
+    from toolchain.lora.forms.bridge import convert as over_the_bridge
 
     told = over_the_bridge(source, base, target)
     return asdict(told)
 
 
 def _from_peft(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
-    from toolchain.lora.peft_form import from_peft
+    from toolchain.lora.forms.peft_form import from_peft
 
     made = from_peft(source, base, target, toolchain=ensure_current(), log=log)
     return {"pairs": len(made.pairs), "alpha": made.alpha, "base_sha256": made.base_sha256}
 
 
 def _to_peft(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
-    from toolchain.lora.peft_form import to_peft
+    from toolchain.lora.forms.peft_form import to_peft
 
     to_peft(source, base, target, log=log)
     return {}

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolchain.base.errors import UsageError
-from toolchain.lora.adapter import AdapterModel, Pair
+from toolchain.lora.forms.adapter import AdapterModel, Pair
 from toolchain.lora.spec import TrainSpec
 
 ADAPTER_NAME: Final = "default"

@@ -19,8 +19,8 @@ from toolchain.base import files
 from toolchain.base.errors import INTERRUPTED_EXIT_CODE, MemoryFitError
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import tensors_sha256
-from toolchain.lora.adapter import write_adapter
 from toolchain.lora.dataset_file import Dataset, read_dataset
+from toolchain.lora.forms.adapter import write_adapter
 from toolchain.lora.spec import ADAPTER, CHECKPOINTS, METRICS, OUTCOME, TrainOutcome, TrainSpec
 from toolchain.lora.torch_engine.adapt import ADAPTER_NAME, adapt, adapter_model
 from toolchain.lora.torch_engine.agree import require_agreement

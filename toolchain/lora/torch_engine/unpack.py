@@ -14,7 +14,7 @@ import torch
 
 from toolchain.base.errors import UsageError
 from toolchain.base.ggml_types import GGML_TYPES_BY_NAME
-from toolchain.lora.ggml_values import open_values
+from toolchain.lora.forms.ggml_values import open_values
 from toolchain.lora.torch_engine import unpack_torch
 
 PLAIN_TYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

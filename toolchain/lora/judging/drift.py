@@ -20,7 +20,7 @@ from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.base.gguf_header import StringArray
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.evaluate import (
+from toolchain.lora.judging.evaluate import (
     SMALLEST_WINDOW,
     Perplexity,
     adapter_argv,

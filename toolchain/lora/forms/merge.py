@@ -19,14 +19,14 @@ from toolchain.base.ggml_types import FILE_TYPES
 from toolchain.base.gguf import GgufHeader, read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.adapter import check_against, read_adapter
 from toolchain.lora.base import BaseModel, full_precision
-from toolchain.lora.ggml_values import GgmlValues, open_values
-from toolchain.lora.merge_gate import Gate, Text, hold_against, require_close
-from toolchain.lora.merged_weights import EXACT, Scaled, changed_tensors, write_merged
+from toolchain.lora.forms.adapter import check_against, read_adapter
+from toolchain.lora.forms.ggml_values import GgmlValues, open_values
+from toolchain.lora.forms.merge_gate import Gate, Text, hold_against, require_close
+from toolchain.lora.forms.merged_weights import EXACT, Scaled, changed_tensors, write_merged
+from toolchain.lora.forms.requantize import parse_type, quantization, require_own_types
+from toolchain.lora.forms.rewrite import rewritten_bytes
 from toolchain.lora.recipe import LoraRecipe
-from toolchain.lora.requantize import parse_type, quantization, require_own_types
-from toolchain.lora.rewrite import rewritten_bytes
 from toolchain.pipeline import provenance
 from toolchain.pipeline.recipe import Quantization, load_recipe
 

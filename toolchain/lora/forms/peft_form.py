@@ -18,8 +18,8 @@ from toolchain.base.errors import ArtifactError, CommandError, MissingError, Usa
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.adapter import AdapterModel, check_against, read_adapter, write_adapter
 from toolchain.lora.child_errors import raise_failure
+from toolchain.lora.forms.adapter import AdapterModel, check_against, read_adapter, write_adapter
 from toolchain.stages import convert_child
 
 CONFIG: Final = "adapter_config.json"
@@ -108,7 +108,7 @@ def _child(room: Path, request: Mapping[str, Any], log: Path) -> None:
     files.write_json(asked, request)
     try:
         command.run(
-            (sys.executable, "-m", "toolchain.lora.peft_child", asked),
+            (sys.executable, "-m", "toolchain.lora.forms.peft_child", asked),
             what="converting the adapter",
             cwd=files.PROJECT_ROOT,
             env=_OFFLINE,

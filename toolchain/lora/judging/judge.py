@@ -10,9 +10,9 @@ from typing import Any
 from toolchain.base import console, files
 from toolchain.base.errors import ArtifactError
 from toolchain.lora.data.prepare import Prepared
-from toolchain.lora.drift import Drift, drift
-from toolchain.lora.evaluate import Perplexity, perplexity
-from toolchain.lora.replies import Replies, replies
+from toolchain.lora.judging.drift import Drift, drift
+from toolchain.lora.judging.evaluate import Perplexity, perplexity
+from toolchain.lora.judging.replies import Replies, replies
 from toolchain.lora.training import Training
 
 NOTE = "judged.json"

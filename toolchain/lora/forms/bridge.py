@@ -23,7 +23,7 @@ from toolchain.base.errors import ArtifactError
 from toolchain.base.gguf import GgufHeader, read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.ggla import Adapter, AdapterTensor, read_adapter
-from toolchain.lora.adapter import AdapterModel, Pair, write_adapter
+from toolchain.lora.forms.adapter import AdapterModel, Pair, write_adapter
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import GgufHeader, TensorInfo
-from toolchain.lora.adapter import AdapterModel
-from toolchain.lora.ggml_values import GgmlValues
-from toolchain.lora.rewrite import rewrite
+from toolchain.lora.forms.adapter import AdapterModel
+from toolchain.lora.forms.ggml_values import GgmlValues
+from toolchain.lora.forms.rewrite import rewrite
 
 if TYPE_CHECKING:
-    from toolchain.lora.adapter import Floats
+    from toolchain.lora.forms.adapter import Floats
 
 EXACT: Final = "F32"
 _PIECE_ELEMENTS: Final = 1 << 23

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from toolchain.base.errors import ArtifactError, FoundryError, UsageError
 from toolchain.base.gguf import read_header
-from toolchain.lora.adapter import Pair, read_adapter
 from toolchain.lora.child_errors import write_failure
-from toolchain.lora.peft_form import CONFIG, WEIGHTS
+from toolchain.lora.forms.adapter import Pair, read_adapter
+from toolchain.lora.forms.peft_form import CONFIG, WEIGHTS
 from toolchain.lora.torch_engine.architecture import find_architecture, model_config
 from toolchain.lora.torch_engine.names import Converted, tensor_names
 from toolchain.lora.torch_engine.weights_file import WeightsFile

@@ -12,11 +12,11 @@ from toolchain.base.command import OnProgress
 from toolchain.base.errors import ArtifactError
 from toolchain.base.gguf import GgufHeader
 from toolchain.build.toolchain import Toolchain
-from toolchain.lora.drift import Judged as Model
-from toolchain.lora.drift import drift
-from toolchain.lora.ggml_values import GgmlValues
-from toolchain.lora.merged_weights import EXACT, Scaled, changed_tensors, write_merged
-from toolchain.lora.rewrite import rewritten_bytes
+from toolchain.lora.forms.ggml_values import GgmlValues
+from toolchain.lora.forms.merged_weights import EXACT, Scaled, changed_tensors, write_merged
+from toolchain.lora.forms.rewrite import rewritten_bytes
+from toolchain.lora.judging.drift import Judged as Model
+from toolchain.lora.judging.drift import drift
 
 
 @dataclass(frozen=True, kw_only=True)

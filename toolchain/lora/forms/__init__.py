@@ -1,0 +1,1 @@
+"""An adapter in its forms: GGUF, PEFT, the file of 2023, merged into its base."""

@@ -1,0 +1,1 @@
+"""What a training is worth: perplexity, drift, replies side by side."""
