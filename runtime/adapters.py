@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from toolchain.base import console
 from toolchain.base.errors import MemoryFitError
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from runtime.engine.adapters import Adapter, AdapterFile
     from runtime.engine.model import Model
     from toolchain.base.gguf import GgufHeader
+
+MAX_SCALE: Final = 3.4028234e38
+"""The library keeps scales as float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

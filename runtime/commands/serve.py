@@ -187,7 +187,7 @@ def _argv_again(arguments: argparse.Namespace) -> tuple[str, ...]:
         for value in each:
             argv += [option, value]
     for path, scale in map(parse_adapter, arguments.lora):
-        argv += ["--lora", f"{path.absolute()}={scale:g}"]
+        argv += ["--lora", f"{path.absolute()}={scale:.9g}"]
     argv += [
         f"--{name.replace('_', '-')}"
         for name in ("ui", "allow_admin", "no_tune", "force", "verbose")

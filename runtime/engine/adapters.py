@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from runtime.adapters import MAX_SCALE
 from runtime.engine.identity import gguf_identity
 from runtime.engine.model import Model
 from toolchain.base import console, files
@@ -75,7 +76,7 @@ def parse_adapter(typed: str) -> tuple[Path, float]:
         number = float(scale)
     except ValueError:
         number = math.nan
-    if not path or not math.isfinite(number):
+    if not path or not abs(number) <= MAX_SCALE:
         raise UsageError(f"--lora {typed}: {scale!r} is not a scale", hint="--lora adapter.gguf=0.5")
     return files.expand(path), number
 

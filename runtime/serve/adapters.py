@@ -10,19 +10,26 @@ here.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from runtime.serve.endpoints import GENERATES
+from runtime.adapters import MAX_SCALE
 from runtime.serve.replies import Refusal, refusal
 
-_TAKES: Final = GENERATES & {
-    *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions"),
-    *("/responses", "/v1/responses", "/infill"),
-}
 # Not /v1/messages, whose conversion keeps a few fields, nor what makes vectors: they work at everybody's scales.
+_TAKES: Final = frozenset(
+    [
+        "/completion",
+        "/completions",
+        "/v1/completions",
+        "/chat/completions",
+        "/v1/chat/completions",
+        "/responses",
+        "/v1/responses",
+        "/infill",
+    ]
+)
 _MAY: Final = re.compile(rb'"lora"|\\u00[67]')  # the second: a letter of it spelled as a number
 _FORM: Final = '[{"id": 0, "scale": 0.5}]'
 
@@ -49,21 +56,25 @@ class Adapters:
     def settled(self, label: str, body: bytes, *, restarts: int) -> bytes:
         """The body of a request to the endpoint ``label``, which names the scales that it is to be answered with.
 
-        Refusal where it asks for scales that cannot be had. What is no JSON object is left to llama-server.
+        Refusal where it asks for scales that cannot be had, and for a body in which none can be named: llama-server
+        reads JSON that Python does not, such as an object with a zero byte behind it.
         """
-        if not self._at_start and not _MAY.search(body):
+        names = bool(self._at_start) and label in _TAKES
+        if not names and not _MAY.search(body):
             return body
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
-            return body
+            document = None
         if not isinstance(document, dict):
+            if names:
+                raise _refused("the body is no JSON object")
             return body
         own = document.get("lora", [])
         if own != [] and label not in _TAKES:
             raise _refused(f"{label} takes no lora; POST /lora-adapters sets the scales for everybody")
         scales = self._scales(own) if own != [] else self._current(restarts)
-        if not self._at_start or label not in _TAKES:
+        if not names:
             return body
         document["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
         document.setdefault("cache_prompt", True)
@@ -83,8 +94,8 @@ class Adapters:
             if type(number) is not int or number not in found:
                 have = ", ".join(map(str, found)) or "none is loaded"
                 raise _refused(f"there is no adapter {json.dumps(number)}; ids: {have} (GET /lora-adapters)")
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-                raise _refused(f"the scale of adapter {number} is {json.dumps(scale)}, not a number")
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= MAX_SCALE:
+                raise _refused(f"the scale of adapter {number} is {json.dumps(scale)}, not a number that float32 holds")
             found[number] = float(scale)
         return tuple(found.values())
 

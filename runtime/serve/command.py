@@ -161,5 +161,5 @@ def _scaled(adapters: tuple[tuple[Path, float], ...]) -> str:
     row = io.StringIO()
     if unfit := next((path for path, _ in adapters if ":" in str(path)), None):
         raise UsageError(f"--lora {unfit}: llama-server takes no colon in an adapter's path", hint="rename the file")
-    csv.writer(row, lineterminator="").writerow(f"{path}:{scale:g}" for path, scale in adapters)
+    csv.writer(row, lineterminator="").writerow(f"{path}:{scale:.9g}" for path, scale in adapters)
     return row.getvalue()

@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,20 @@ def test_scales_change_in_a_server_for_everybody_and_for_one_request(
         psutil.Process(before.pid).kill()
         until(lambda: asked(server.url, "/ready")[0] == 200 and server.child() != before, "it was not started again")
         assert said(server.url)[0] == plain
+
+
+def test_clients_at_once_are_each_answered_at_their_own_scales(
+    environment: dict[str, str], models: dict[str, Path]
+) -> None:
+    """One prompt at several scales, more clients than slots: no reply goes on from what another's scale computed."""
+    with serving(environment, models["one"], "--parallel", "2", "--n-ctx", "512", "--lora", models["own"]) as server:
+        asks: list[dict[str, Any]] = [{}, *({"lora": [{"id": 0, "scale": scale}]} for scale in (0, 1, -1))]
+        cold = [said(server.url, cache_prompt=False, **more)[0] for more in asks]
+        assert cold[0] == cold[2]
+        assert len({*cold}) == 3
+        with ThreadPoolExecutor(6) as clients:
+            warm = clients.map(lambda more: said(server.url, **more)[0], asks * 6)
+        assert list(warm) == cold * 6
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,46 @@ def test_an_interrupt_takes_the_whole_tree_down(tmp_path: Path, how: signal.Sign
     running.communicate(timeout=60)
     assert running.returncode != 0
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_each_whole_line_is_told_once_wherever_the_output_is_cut() -> None:
+    parts = (b"a\nb", b"c\xc3", b"\xa9\n\n", b"rest")
+    code = f"import os, time\nfor part in {parts}: os.write(1, part); time.sleep(0.05)"
+    seen: list[str] = []
+    command.run(python(code), what="talking", on_line=seen.append)
+    assert seen == ["a", "bcé", ""]
+
+
+@pytest.mark.parametrize("grace_s", [0, 60])
+def test_an_interrupted_child_has_its_grace_to_write_what_it_has(tmp_path: Path, grace_s: int) -> None:
+    place = tmp_path / "written"
+    code = (
+        "import pathlib, time\ntry:\n    print('ready', flush=True)\n    time.sleep(300)\n"
+        f"except KeyboardInterrupt:\n    time.sleep(0.5)\n    pathlib.Path({str(place)!r}).touch()"
+    )
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        command.run(python(code), what="learning", on_line=interrupt, grace_s=grace_s)
+    assert place.exists() == bool(grace_s)
+
+
+def test_a_second_interrupt_ends_the_grace(tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+    child = (
+        "import os, pathlib, signal, time\n"
+        f"signal.signal(signal.SIGINT, lambda *_: pathlib.Path({str(heard)!r}).write_text(f'{{os.getpid()}}.'))\n"
+        "print('ready', flush=True)\nwhile True: time.sleep(300)"
+    )
+    parent = (
+        "import sys\nfrom toolchain.base import command\n"
+        f"command.run([sys.executable, '-c', {child!r}], what='waiting', grace_s=300, on_line=lambda _: sys.exit())"
+    )
+    running = subprocess.Popen(python(parent), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (heard.exists() and heard.read_text().endswith(".")):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) != 0
+    assert not psutil.pid_exists(int(heard.read_text()[:-1]))

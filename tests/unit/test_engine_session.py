@@ -115,7 +115,7 @@ def test_scale_stands_behind_the_file(typed: str, scale: float) -> None:
     assert path.name.endswith(".gguf")
 
 
-@pytest.mark.parametrize("typed", ["a.gguf=", "a.gguf=much", "a.gguf=nan", "a.gguf=inf", "=1"])
+@pytest.mark.parametrize("typed", ["a.gguf=", "a.gguf=much", "a.gguf=nan", "a.gguf=inf", "a.gguf=1e39", "=1"])
 def test_scale_that_is_no_number_is_refused(typed: str) -> None:
     with pytest.raises(UsageError, match="is not a scale"):
         parse_adapter(typed)

@@ -56,9 +56,21 @@ def test_without_adapters_a_body_passes_byte_for_byte(body: bytes) -> None:
     assert Adapters(()).settled(CHAT, body, restarts=0) == body
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"--boundary\r\n", b"[" * 100_000])
-def test_what_is_no_json_object_is_left_to_llama_server(body: bytes) -> None:
-    assert Adapters((1.0,)).settled(CHAT, body, restarts=0) == body
+NO_OBJECTS = [b"", b"{", b"[1]", b'"x"', b"--boundary\r\n", b"[" * 100_000, b'{"prompt": "x", "cache_prompt": true}\0']
+
+
+@pytest.mark.parametrize("body", NO_OBJECTS)
+def test_a_body_that_scales_cannot_be_named_in_is_refused(body: bytes) -> None:
+    """llama-server reads some of these, and would go on from what another scale computed."""
+    with pytest.raises(Refusal) as refused:
+        Adapters((1.0,)).settled(CHAT, body, restarts=0)
+    assert refused.value.response.status == 400
+
+
+@pytest.mark.parametrize("body", NO_OBJECTS)
+def test_where_no_scales_are_named_such_a_body_is_left_to_llama_server(body: bytes) -> None:
+    assert Adapters(()).settled(CHAT, body, restarts=0) == body
+    assert Adapters((1.0,)).settled("/v1/audio/transcriptions", body, restarts=0) == body
 
 
 @pytest.mark.parametrize(
@@ -73,6 +85,8 @@ def test_what_is_no_json_object_is_left_to_llama_server(body: bytes) -> None:
         ([{"id": 0, "scale": "1"}], "not a number"),
         ([{"id": 0, "scale": True}], "not a number"),
         ([{"id": 0, "scale": float("nan")}], "not a number"),
+        ([{"id": 0, "scale": 1e39}], "not a number"),
+        ([{"id": 0, "scale": 10**400}], "not a number"),
         (["x"], "is a list such as"),
         ({"id": 0, "scale": 1}, "is a list such as"),
         (None, "is a list such as"),

@@ -75,6 +75,15 @@ def test_adapters_keep_commas_in_their_paths_and_refuse_colons() -> None:
         model_options(served(lora=((Path("/a:b.gguf"), 1.0),)))
 
 
+def test_prompts_are_kept_but_for_a_model_with_adapters() -> None:
+    """llama-server's store of prompts knows no scales."""
+    plain = dict(model_options(served(free_bytes=1 << 30)))
+    assert (plain["cache-ram"], "no-cache-prompt" in plain) == ("512", False)
+    adapted = dict(model_options(served(free_bytes=1 << 30, lora=((Path("/a.gguf"), 1 / 3),))))
+    assert (adapted["cache-ram"], "no-cache-prompt" in adapted) == ("0", True)
+    assert adapted["lora-scaled"] == "/a.gguf:0.333333333"
+
+
 def test_prompt_cache_takes_half_of_what_the_plan_leaves() -> None:
     assert [cache_mib(size) for size in (0, 1 << 20, 1 << 30, 1 << 40)] == [0, 0, 512, 8192]
 

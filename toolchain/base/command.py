@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -63,11 +64,10 @@ def run(
 ) -> Finished:
     """Run ``argv`` to its end, with stdout and stderr merged; ``on_line`` gets each whole line.
 
-    All output goes to ``log`` (appended, behind the command line); the last ``keep`` characters are
-    returned. ``env`` is added to our environment (None takes a variable away). Interrupted, the child has ``grace_s``
-    to end by itself. Raises MissingError when
-    the program is not there or the disk is full, CommandError (with the last lines, the command and the
-    log) when it fails.
+    All output goes to ``log`` (appended, behind the command line); the last ``keep`` characters are returned. ``env``
+    is added to our environment (None takes a variable away). When we are interrupted, the child has ``grace_s`` to end
+    by itself. Raises MissingError when the program is not there or the disk is full, CommandError (with the last lines,
+    the command and the log) when it fails.
     """
     command = [str(part) for part in argv]
     started = time.monotonic()
@@ -209,22 +209,21 @@ def _start(command: list[str], *, what: str, hint: str, **how: Any) -> Child:
 
 
 def _stop_tree(child: Child, grace_s: float = GRACE_S) -> None:
-    """SIGINT to the child's tree, a time of grace, then SIGKILL to what is left."""
+    """SIGINT to the child's tree, a time of grace, then SIGKILL to what is left; a second interrupt ends the grace."""
     try:
         root = psutil.Process(child.pid)
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         child.wait()
         return
-    for process in family:
-        try:
-            process.send_signal(signal.SIGINT)
-        except psutil.NoSuchProcess:
-            continue
-    _, alive = psutil.wait_procs(family, timeout=grace_s)
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    child.wait()
+    left = family
+    try:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGINT)
+        _, left = psutil.wait_procs(family, timeout=grace_s)
+    finally:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        child.wait()

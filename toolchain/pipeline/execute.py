@@ -93,6 +93,7 @@ def make_step(plan: Plan, step_id: str) -> Path:
         if not _is_done(step):
             for need in step.needs:
                 make_step(plan, need)
+            _require_disk(plan, [step])
             _run(plan, step)
     return step.output
 

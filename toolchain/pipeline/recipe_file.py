@@ -19,8 +19,8 @@ MAX_RECIPE_BYTES = 1 << 20
 # pydantic's own words for these speak of Python's types.
 PLAINLY = {
     "missing": "is missing",
-    "model_type": "is made of keys and values, as in `model: {hub: OWNER/NAME}` (in quantize, a type's name will do)",
-    "tuple_type": "is a list: write `- Q4_K_M`",
+    "model_type": "is made of keys and values: write `{KEY: VALUE}`",
+    "tuple_type": "is a list: write `- ENTRY`, or `[ENTRY]`",
     "string_type": "is text: put it in quotes",
     "too_short": "needs at least one entry that is right",
 }
@@ -94,17 +94,15 @@ def _describe(problem: ErrorDetails, root: yaml.Node | None, path: Path, model: 
     for part in where:
         node, here = _child(node, part)
         place = here or place
-    dotted = ".".join(str(part) for part in where)
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        key = str(where[-1])
-        allowed = [*_model_at(model, where[:-1]).model_fields]
+        key = str(where.pop())
+        allowed = [*_model_at(model, where).model_fields]
         near = difflib.get_close_matches(key, allowed, n=1)
         message = f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(allowed)}")
-        dotted = ".".join(str(part) for part in where[:-1])
     else:
-        message = PLAINLY.get(problem["type"], message)
-    return f"{_where(path, place)}: {dotted + ': ' if dotted else ''}{message}"
+        message = PLAINLY.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    keys = [str(part) for part in where if isinstance(part, int) or part.isidentifier()]  # not a union's types
+    return f"{_where(path, place)}: {'.'.join(keys) + ': ' if keys else ''}{message}"
 
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node | None, yaml.Node | None]:
