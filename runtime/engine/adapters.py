@@ -112,7 +112,7 @@ def check_adapter(path: Path, base: Sequence[GgufHeader]) -> AdapterFile:
         # The library applies the pair to the output too, where its halves stand the wrong way round, and aborts.
         raise ArtifactError(
             f"{name} changes {_EMBEDDING}, which in this model is the output's matrix too: the library cannot do that",
-            hint="merge it into the model, or train it without the embedding",
+            hint="train it without the embedding",
         )
     for target, (a, b) in pairs.items():
         _check_shapes(name, target, tensors.get(target), a, b)

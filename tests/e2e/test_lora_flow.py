@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.front_door import PATIENCE_S, ROOT, environment, inv, inv_argv, inv_json, json_without_processes, leftovers
 from tests.front_door import runtime as run_runtime
+from tests.ggla_files import write_ggla
+from tests.loopback_hub import serve_hub
 from toolchain.base import files
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import BASE_SHA256_KEY, tensors_sha256
@@ -160,15 +167,119 @@ def test_an_adapter_that_drifts_too_far_is_kept_apart(ground: Ground) -> None:
     assert refused.returncode == 6, refused.stderr
     assert "drift" in refused.stderr
     assert refused.stdout == ""
-    assert not ground.adapter("far").exists()
+    assert [path.name for path in (ground.models / "far").glob("[!.]*")] == ["refused"]
     assert (ground.models / "far" / "refused" / "far-lora.gguf").is_file()
     allowed = inv("lora", ground.recipe("far", seed=4, bound=", max_drift_kld: 100"), "--json", env=ground.env)
     assert allowed.returncode == 0, allowed.stderr
     assert "train far" not in allowed.stderr
     assert ground.adapter("far").is_file()
+    assert not (ground.models / "far" / "refused").exists()
     again = inv("lora", ground.recipe("far", seed=4, bound=", max_drift_kld: 1.0e-9"), env=ground.env)
     assert again.returncode == 6
-    assert not ground.adapter("far").exists()
+    assert [path.name for path in (ground.models / "far").glob("[!.]*")] == ["refused"]
+
+
+def test_a_refused_dora_takes_its_merged_model_with_it_and_a_lost_one_is_made_again(ground: Ground) -> None:
+    recipe = ground.recipe("magnitudes", steps=1, seed=7, bound=", max_drift_kld: 1.0e-12")
+    recipe.write_text(recipe.read_text().replace("rank: 4", "rank: 4, dora: true"))
+    folder = ground.models / "magnitudes"
+    refused = inv("lora", recipe, env=ground.env)
+    assert refused.returncode == 6, refused.stderr
+    assert [path.name for path in folder.glob("[!.]*")] == ["refused"]
+    assert inv("verify", folder / "refused" / "magnitudes-Q4_K_M.gguf").returncode == 0
+    recipe.write_text(recipe.read_text().replace("1.0e-12", "100"))
+    merged = Path(inv_json("lora", recipe, env=ground.env)["merged"])
+    assert merged == folder / "magnitudes-Q4_K_M.gguf"
+    whole = merged.read_bytes()
+    merged.unlink()
+    again = inv_json("lora", recipe, env=ground.env)
+    assert not again["reused"]
+    assert merged.read_bytes() == whole
+
+
+HOSTILE = {
+    "nothing": (b"", "holds nothing to learn"),
+    "a line of 10 MB": (b'{"messages": "' + b"x" * (10 << 20) + b'"}\n', "bad.jsonl:1: a line of 10485777 bytes"),
+    "broken JSON": (b'{"messages": [}\n', "bad.jsonl:1: broken JSON"),
+    "no roles": (b'{"messages": [{"content": "Hi."}]}\n', "bad.jsonl:1: messages[0] has no role"),
+    "only system turns": (b'{"messages": [{"role": "system", "content": "Be."}]}\n', "only system turns"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_data_is_told_before_the_base_is_made(kind: str, ground: Ground, tmp_path: Path) -> None:
+    data, words = HOSTILE[kind]
+    (tmp_path / "bad.jsonl").write_bytes(data)
+    recipe = ground.recipe("hostile")
+    told = recipe.read_text().replace("text: builtin:python-source", f"chat: {tmp_path}/bad.jsonl")
+    recipe.write_text(told.replace(f"gguf: {ground.base}", f"recipe: {ROOT}/recipes/demo.yaml"))
+    models = tmp_path / "models"
+    refused = inv("lora", recipe, env={"FOUNDRY_MODELS": str(models)})
+    assert refused.returncode == 2, refused.stderr
+    assert words in refused.stderr
+    assert not list(models.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("text: builtin:python-source", "text: {folder}/novl.txt", "did you mean {folder}/novel.txt?"),
+        ("text: builtin:python-source", "text: {folder}", "{folder} is a folder"),
+        ("gguf: {base}", "gguf: {folder}/bas.gguf", "did you mean {folder}/base.gguf?"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_with_its_neighbour(
+    right: str, wrong: str, words: str, ground: Ground, tmp_path: Path
+) -> None:
+    for name in ("novel.txt", "base.gguf"):
+        (tmp_path / name).touch()
+    recipe = ground.recipe("lost")
+    told = recipe.read_text().replace(right.format(base=ground.base), wrong.format(folder=tmp_path))
+    recipe.write_text(told)
+    refused = inv("lora", recipe, env=ground.env)
+    assert refused.returncode == 2
+    assert words.format(folder=tmp_path) in refused.stderr
+
+
+def test_a_base_on_the_hub_is_fetched_once_and_then_found_without_asking(ground: Ground, tmp_path: Path) -> None:
+    repo = f"acme/tiny-{uuid.uuid4().hex[:12]}"  # new to what was recorded
+    served = tmp_path / "served"
+    served.mkdir()
+    shutil.copyfile(ground.base, served / "tiny-Q4_K_M.gguf")
+    recipe = ground.recipe("from-hub", seed=8)
+    recipe.write_text(recipe.read_text().replace(f"gguf: {ground.base}", f"hub: '{repo}:Q4_K_M'"))
+    with serve_hub({repo: served}) as hub:
+        env = {**ground.env, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": None}
+        plan = inv_json("lora", recipe, "--dry-run", env=env)
+        asked = len(hub.log)
+        assert plan["base_sha256"] == tensors_sha256(read_header(ground.base))
+        assert inv_json("lora", recipe, "--dry-run", env=env)["base_sha256"] == plan["base_sha256"]
+        assert len(hub.log) == asked > 0
+        recipe.write_text(recipe.read_text().replace("Q4_K_M", "Q9_Z"))
+        unknown = inv("lora", recipe, env=env)
+        assert unknown.returncode == 2
+        assert "Q4_K_M" in unknown.stderr
+
+
+def test_an_adapter_of_2023_becomes_a_gguf_and_its_norms_are_told(ground: Ground, tmp_path: Path) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in read_header(ground.base).tensors}
+    inputs, outputs = shapes["blk.0.attn_q.weight"]
+    numbers = np.random.default_rng(1)
+    pair = tuple(numbers.standard_normal((size, 4)).astype(np.float32) for size in (inputs, outputs))
+    norm = numbers.standard_normal((shapes["output_norm.weight"][0], 1)).astype(np.float32)
+    write_ggla(
+        tmp_path / "old.bin",
+        {"blk.0.attn_q.weight": (pair[0], pair[1]), "output_norm.weight": (norm, np.ones((1, 1), np.float32))},
+    )
+    (tmp_path / "base.gguf").symlink_to(ground.base)
+    done = inv_in(tmp_path, "lora", "--convert", "old.bin", "--base", "base.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "1 norms change too" in done.stderr
+    made = tmp_path / "old-lora.gguf"
+    assert done.stdout.splitlines()[0] == str(made)
+    assert read_header(made).kind == "adapter"
+    told = inv_json("lora", tmp_path / "old.bin", "--convert", "--base", ground.base, "--output", tmp_path / "b.gguf")
+    assert (told["pairs"], told["norms"]) == (["blk.0.attn_q.weight"], ["output_norm.weight"])
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_tried(ground: Ground) -> None:
@@ -214,6 +325,9 @@ def test_an_adapter_goes_to_peft_form_and_comes_back(trained: dict[str, Any], gr
     there = inv("lora", folder, "--from-peft", *base, back)
     assert there.returncode == 2
     assert "is there already" in there.stderr
+    relative = inv_in(folder, "lora", ".", "--from-peft", "--base", os.path.relpath(ground.base, folder))
+    assert relative.returncode == 0, relative.stderr
+    assert (tmp_path / "peft.gguf").is_file()
 
 
 @pytest.mark.parametrize(
@@ -222,6 +336,7 @@ def test_an_adapter_goes_to_peft_form_and_comes_back(trained: dict[str, Any], gr
         (("r.yaml", "--base", "b.gguf"), "--base belongs to"),
         (("r.yaml", "--output", "o.gguf"), "--output belongs to"),
         (("old.bin", "--convert"), "needs the base"),
+        (("--convert", "old.bin", "--base", "recipes/demo.yaml"), "there is no"),
         (("old.bin", "--convert", "--base", "b.gguf", "--fresh"), "--fresh does not go with --convert"),
         (("old.bin", "--convert", "--to-peft", "--base", "b.gguf"), "exclude each other"),
         (("r.yaml", "--dry-run", "--fresh"), "--dry-run trains nothing"),
@@ -232,6 +347,12 @@ def test_flags_that_do_not_go_together_are_refused(typed: tuple[str, ...], words
     refused = inv("lora", *typed)
     assert refused.returncode == 2
     assert words in refused.stderr
+
+
+def inv_in(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
+    """As `./inv` typed in ``folder``, with paths that are relative to it."""
+    argv = [sys.executable, str(ROOT / "tasks.py"), "--search-root", str(ROOT), *typed]
+    return subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
 def _run_dir(answer: dict[str, Any]) -> Path:

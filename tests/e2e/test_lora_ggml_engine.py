@@ -162,7 +162,7 @@ def mean_kld(base: Path, old: Path, new: Path, trainer: Toolchain, toolchain: To
     text = folder / "docs.txt"
     text.write_text(python_docs("heldout")[:12000])
     common = f"-m {base} -f {text} -c 128 -b 128 --chunks 12 -t 1 --kl-divergence-base {folder / 'old.logits'}".split()
-    written = (str(trainer.tool("perplexity")), *common, "--lora", str(old), "--lora-base", str(base))
+    written = (str(trainer.tool("perplexity")), *common, "--lora", str(old), "--lora-base", str(base), "--log-disable")
     read = (str(toolchain.tool("perplexity")), *common, "--lora", str(new), "--kl-divergence")
     for argv, wanted in ((written, r"PPL = (\S+)"), (read, r"Mean\s+KLD:\s*(\S+)")):
         told = ask(argv, re.compile(wanted), label="x", log=folder / "log", on_progress=lambda *_: None)

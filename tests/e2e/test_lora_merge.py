@@ -274,12 +274,17 @@ def test_a_merge_that_is_too_far_off_leaves_no_file(demo_gguf: Path, models: Pat
     assert not leftovers(models)
 
 
-def test_a_file_of_that_name_that_was_not_merged_is_not_replaced(demo_gguf: Path, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_file_of_that_name_that_was_not_merged_is_not_replaced(
+    demo_gguf: Path, models: Path, tmp_path: Path, noted: bool
+) -> None:
+    """Another recipe's artifact, or a file that somebody put there."""
     adapter = small_adapter(demo_gguf, tmp_path / "a.gguf")
     path = models / "merged-demo" / "merged-demo-Q4_K_M.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(demo_gguf.read_bytes())
-    provenance.sidecar_path(path).write_bytes(provenance.sidecar_path(demo_gguf).read_bytes())
+    if noted:
+        provenance.sidecar_path(path).write_bytes(provenance.sidecar_path(demo_gguf).read_bytes())
     done = in_a_child(merging(tmp_path, demo_gguf, adapter))
     assert "UsageError" in done.stderr
     assert "is there and was not merged" in done.stderr

@@ -14,10 +14,12 @@ import pytest
 from tests.e2e.test_lora_merge import small_adapter
 from tests.generated_models import Family, write_model
 from tests.unit.test_lora_adapter import adapter_for, same
-from toolchain.base.errors import ArtifactError, FoundryError, UsageError
+from toolchain.base import files
+from toolchain.base.errors import ArtifactError, CommandError, FoundryError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
+from toolchain.lora.child_errors import raise_failure
 from toolchain.lora.forms.adapter import AdapterModel, Pair, read_adapter, write_adapter
 from toolchain.lora.forms.merge import merge
 from toolchain.lora.forms.peft_form import CONFIG, WEIGHTS, from_peft, to_peft
@@ -32,14 +34,31 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the child does is done here: it needs seconds for its imports, each time. Two tests start it."""
+    from toolchain.lora.forms import peft_child, peft_form
+
+    def child(room: Path, request: dict[str, Any], log: Path) -> None:
+        files.write_json(room / "request.json", request)
+        if peft_child.main(room / "request.json"):
+            raise_failure(room, CommandError("the child failed"))
+
+    monkeypatch.setattr(peft_form, "_child", child)
+
+
 def model_of(family: str, path: Path) -> Path:
     """A small model whose heads share keys and values, with an output matrix of its own where the family allows."""
     return write_model(path, family, random=True, n_layer=2, n_vocab=300, n_ctx_train=512)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
-def test_to_peft_and_back_keeps_every_bit(toolchain: Toolchain, family: Family, tmp_path: Path, log: Path) -> None:
+def test_to_peft_and_back_keeps_every_bit(
+    toolchain: Toolchain, family: Family, tmp_path: Path, log: Path, request: pytest.FixtureRequest
+) -> None:
     """There by transformers' names and row orders, back by llama.cpp's converter."""
+    if family != "llama":
+        request.getfixturevalue("at_once")
     base = model_of(family, tmp_path / "base.gguf")
     embedding = ("token_embd",) if family in ("llama", "phi3") else ()
     adapter = small_adapter(base, tmp_path / "a.gguf", "attn_", "ffn_", *embedding)
@@ -67,6 +86,7 @@ def logits(base: Path, lib_dir: Path, peft: Path | None = None) -> Any:
         return model(torch.arange(5, 29)[None]).logits[0].numpy()
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(
     ("family", "form"), [("qwen3", "plain"), ("llama", "ranks"), ("llama", "alpha 0"), ("llama", "dora")]
 )
@@ -123,7 +143,7 @@ def test_what_peft_trains_is_one_adapter_in_either_form(
 
 
 @pytest.fixture
-def peft(demo_gguf: Path, tmp_path: Path, log: Path) -> Path:
+def peft(demo_gguf: Path, tmp_path: Path, log: Path, at_once: None) -> Path:
     """A sound PEFT folder for the demo model."""
     adapter = small_adapter(demo_gguf, tmp_path / "a.gguf", "attn_q", "ffn_up")
     to_peft(adapter, demo_gguf, tmp_path / "peft", log=log)
@@ -187,6 +207,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_the_module(
         from_peft(peft, demo_gguf, tmp_path / "back.gguf", toolchain=toolchain, log=log)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_what_peft_s_form_has_no_place_for_is_refused(demo_gguf: Path, tmp_path: Path, log: Path) -> None:
     norms = AdapterModel(
         architecture="llama",

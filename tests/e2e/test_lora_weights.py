@@ -24,7 +24,9 @@ from toolchain.build.toolchain import Toolchain
 torch = pytest.importorskip("torch")
 
 from toolchain.lora.torch_engine import unpack, unpack_torch  # noqa: E402
+from toolchain.lora.torch_engine.adapted import AdaptedLinear  # noqa: E402
 from toolchain.lora.torch_engine.load import load_base  # noqa: E402
+from toolchain.lora.torch_engine.packed import PackedLinear  # noqa: E402
 from toolchain.lora.torch_engine.unpack import Unpacker  # noqa: E402
 
 N_TOKENS = 32
@@ -129,7 +131,12 @@ def test_gradients_on_packed_weights_are_those_on_unpacked_ones(
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("qwen3moe", {"target_modules": ["q_proj", "o_proj"]}), ("gemma3", {}), ("llama-tied", {"use_dora": True})],
+    [
+        ("qwen3moe", {"target_modules": ["q_proj", "o_proj"]}),
+        ("gemma3", {}),
+        ("llama-tied", {"use_dora": True}),
+        ("qwen2", {"lora_dropout": 0.3, "use_rslora": True}),
+    ],
 )
 def test_gradients_through_experts_scaled_embeddings_and_magnitudes_are_the_same(
     family: Family, options: dict[str, Any], tmp_path: Path, toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +156,26 @@ def test_a_packed_layer_keeps_nothing_for_the_backward_pass_but_its_blocks(
         layer(inputs).sum().backward()
     assert [value.data_ptr() for value in kept] == [layer.weight.data_ptr()]
     assert torch.allclose(inputs.grad, layer.dequantize().sum(0).expand_as(inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapted_layer_keeps_its_input_and_no_matrix_of_its_outputs_size(
+    demo_gguf: Path, toolchain: Toolchain
+) -> None:
+    """In bfloat16 too: peft's own layer hands the adapter a float32 copy of the input."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["up_proj"])
+    config._register_custom_module({PackedLinear: AdaptedLinear})
+    model = load_base([demo_gguf], lib_dir=toolchain.lib_dir, dtype=torch.bfloat16).model
+    layer = get_peft_model(model, config).base_model.model.model.layers[0].mlp.up_proj
+    kept: list[Any] = []
+    inputs = torch.randn(64, layer.in_features, dtype=torch.bfloat16)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value)
+    with keep, torch.autocast("cpu", torch.bfloat16):
+        layer(inputs).float().sum().backward()
+    sizes = [value.nbytes for value in kept if len(value) == len(inputs) and value.data_ptr() != inputs.data_ptr()]
+    assert sizes == [64 * 4 * 2]
+    assert all(pair["default"].weight.grad is not None for pair in (layer.lora_A, layer.lora_B))
 
 
 def test_weights_stay_in_the_files_own_pages(tmp_path: Path, toolchain: Toolchain) -> None:
@@ -333,7 +360,7 @@ def assert_same_function(path: Path, toolchain: Toolchain, *, bound: float) -> N
 
 
 def assert_same_gradients(path: Path, toolchain: Toolchain, **options: Any) -> None:
-    """Of every parameter of an adapter, and of the inputs: to 1e-5 of their norm."""
+    """Of every parameter of an adapter, and of the inputs, to 1e-5 of their norm; the unpacked base's are peft's."""
     from peft import LoraConfig, get_peft_model
 
     found: list[dict[str, Any]] = []
@@ -341,9 +368,12 @@ def assert_same_gradients(path: Path, toolchain: Toolchain, **options: Any) -> N
         model = load_base([path], lib_dir=toolchain.lib_dir, packed=packed, n_threads=2).model
         torch.manual_seed(0)
         config = LoraConfig(r=4, init_lora_weights=False, **{"target_modules": "all-linear", **options})
-        adapted = get_peft_model(model, config)
+        config._register_custom_module({PackedLinear: AdaptedLinear})
+        adapted = get_peft_model(model, config).train(config.lora_dropout > 0)
+        assert packed == any(isinstance(module, AdaptedLinear) for module in adapted.modules())
         tokens = torch.tensor([some_tokens(model.config.vocab_size)])
         inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        torch.manual_seed(1)  # of dropout
         adapted(inputs_embeds=inputs, labels=tokens).loss.backward()
         trained = {name: value.grad for name, value in adapted.named_parameters() if value.requires_grad}
         found.append({**trained, "inputs": inputs.grad})

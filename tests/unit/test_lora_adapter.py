@@ -107,16 +107,6 @@ def test_magnitudes_and_norms_are_kept_and_no_runtime_takes_the_former(tmp_path:
     assert "1 norm" in check_adapter(tmp_path / "n.gguf", [read_header(base)]).effect
 
 
-def test_half_precision_takes_half_the_room(tmp_path: Path, base: Path) -> None:
-    adapter = adapter_for(base, "ffn")
-    write_adapter(tmp_path / "f32.gguf", adapter)
-    write_adapter(tmp_path / "f16.gguf", adapter, half=True)
-    whole, half = (read_header(tmp_path / name).tensor_bytes for name in ("f32.gguf", "f16.gguf"))
-    assert half * 2 == whole
-    rounded = read_adapter(tmp_path / "f16.gguf").pairs["blk.0.ffn_up.weight"].a
-    np.testing.assert_array_equal(rounded, adapter.pairs["blk.0.ffn_up.weight"].a.astype(np.float16))
-
-
 @pytest.mark.parametrize("alpha", [0.0, 6.0])
 def test_each_pair_counts_by_alpha_over_its_own_rank(alpha: float) -> None:
     pairs = {"x": pair(8, 8, rank=2), "y": pair(8, 8, rank=4)}

@@ -176,6 +176,17 @@ def test_no_distributions_stay_behind(bench: Bench, status: int, lost: int, erro
     assert all(path.suffix == ".lock" for path in left)
 
 
+def test_what_a_killed_judgement_left_goes_with_the_next_one_of_the_same_log(bench: Bench) -> None:
+    """The model may be another by then: a merged one is judged under a name of that moment."""
+    bench.drift(1000)
+    left = Path(bench.asked()[0][-1])
+    left.parent.mkdir()
+    left.write_bytes(b"_logits_")
+    bench.other = bench.other.rename(bench.folder / "again.gguf")
+    bench.drift(1000)
+    assert not left.parent.exists()
+
+
 def test_distributions_stay_within_their_bound(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     a_window = 4 * 128 + 63 * 2 * (N_VOCAB + 4)
     monkeypatch.setattr(drift_module, "MOST_BYTES", 3 * a_window + 100)

@@ -377,3 +377,20 @@ def test_a_cut_checkpoint_goes_and_the_one_before_it_counts(tmp_path: Path) -> N
         keep(folder, 9, curve=opened)
     assert not (folder / "9").exists()
     assert resume(tmp_path, 20) == 5
+
+
+def test_what_the_curve_reaches_stays_while_the_trainer_is_ahead(tmp_path: Path) -> None:
+    """It writes checkpoints faster than its lines are read on a busy machine; a kill must not cost the steps told."""
+    base = read_header(write_model(tmp_path / "b.gguf", "llama", n_head_kv=HEADS, n_layer=1, n_vocab=300))
+    folder = tmp_path / CHECKPOINTS
+    folder.mkdir()
+    for step in range(5, 45, 5):
+        write_start(folder / str(step), base, rank=2, targets=("attn_q",), seed=1)
+    with (tmp_path / METRICS).open("a") as curve:
+        for step in range(1, 22):
+            curve.write(f'{{"step": {step}, "loss": 1.0}}\n')
+            curve.flush()
+            if (folder / str(step)).exists():
+                keep(folder, step, curve=curve)
+    assert resume(tmp_path, 100) == 20
+    assert sorted(path.name for path in folder.iterdir()) == ["15", "20"]

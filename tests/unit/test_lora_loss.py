@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.lora_runs import counting_rows, train_spec
 from toolchain.base.errors import UsageError
 from toolchain.lora.dataset_file import IGNORED
+from toolchain.lora.estimate import LOSS_LOGITS
 from toolchain.lora.spec import TrainSpec
 from toolchain.lora.torch_engine.adapt import adapt, adapter_model
 from toolchain.lora.torch_engine.loop import learning_rate, step_rows
-from toolchain.lora.torch_engine.loss import examples_stay_apart, summed_loss
+from toolchain.lora.torch_engine.loss import CHUNK_LOGITS, examples_stay_apart, summed_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's use of transformers
 N_VOCAB, N_EMBD = 96, 32
@@ -58,6 +59,10 @@ def as_in_gguf(model: Any) -> Any:
             if suffix := names.get(name.rpartition(".")[2]):
                 module.gguf_name, module.row_order = f"blk.{number}.{suffix}.weight", None
     return model.requires_grad_(False)
+
+
+def test_the_estimate_counts_the_logits_that_the_loss_computes_at_once() -> None:
+    assert LOSS_LOGITS == CHUNK_LOGITS
 
 
 def spec(**changes: Any) -> TrainSpec:

@@ -49,6 +49,19 @@ def test_what_is_more_than_pairs_of_matrices_is_named(tmp_path: Path, changes: d
     assert "merge_and_unload" in error.hint
 
 
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_an_adapter_whose_base_was_changed_with_it_is_refused(tmp_path: Path, begun: str) -> None:
+    error = refusal(folder(tmp_path / "peft", init_lora_weights=begun), tmp_path)
+    assert "belongs to a changed base" in error.message
+    assert "path_initial_model_for_weight_conversion" in error.hint
+
+
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_other_beginnings_leave_the_base_alone(tmp_path: Path, begun: bool | str) -> None:
+    """The next thing that is missed is the base."""
+    assert "no-base.gguf" in refusal(folder(tmp_path / "peft", init_lora_weights=begun), tmp_path).message
+
+
 def test_another_kind_of_adapter_is_named(tmp_path: Path) -> None:
     assert "'IA3'" in refusal(folder(tmp_path / "peft", peft_type="IA3"), tmp_path).message
 

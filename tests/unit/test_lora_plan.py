@@ -209,10 +209,12 @@ def test_progress_tells_loss_speed_and_time_left() -> None:
     now = [0.0]
     shown = Step("train")
     progress = Progress(shown, steps=10, tokens=1000, done=4, clock=lambda: now[0])
-    for step in (5, 6):
-        now[0] += 2.0
+    for step, seconds in ((5, 60.0), (6, 2.0)):  # the first one waited for the child's imports
+        now[0] += seconds
         line = {"step": step, "loss": 3.5, "learning_rate": 0.1, "grad_norm": 1.0, "learned_tokens": 900}
         progress.on_line(json.dumps(line))
+        if step == 5:
+            assert shown.note == "loss 3.500"
     progress.on_line("Loading weights: 100%")
     assert (shown.done, shown.total) == (6, 10)
     assert shown.note == "loss 3.500, 500 tokens/s, 8 s left"

@@ -49,6 +49,7 @@ def test_a_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
         ("rank: 8", "rank: 0", 7, "greater than or equal to 1"),
         ("rank: 8", "alpha: .inf", 7, "finite"),
         ("targets: [attn_q, v_proj]", "targets: everything", 7, "all-linear"),
+        ("targets: [attn_q, v_proj]", "targets: 3", 7, "adapter.targets: is a list"),
         ("gguf: base.gguf", "gguf: base.gguf, hub: a/b", 2, "exactly one of recipe, gguf and hub"),
         ("gguf: base.gguf", "gguf: base.gguf, type: Q8_0", 2, "type goes with recipe only"),
         ("{gguf: base.gguf}", "{}", 2, "none is given"),

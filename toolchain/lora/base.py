@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,6 +15,7 @@ from toolchain.base.tensor_hash import tensors_sha256
 from toolchain.build.toolchain import Toolchain
 from toolchain.hub.errors import GoneError
 from toolchain.hub.ggufs import (
+    Quant,
     RepoListing,
     choose_quant,
     fetch_gguf,
@@ -69,15 +72,20 @@ class BaseModel:
         return sum(header.n_params for header in self.headers)
 
 
-def find_base(asked: Base, recipe_dir: Path, toolchain: Toolchain) -> BaseModel:
-    """The base, hashed. UsageError for what names no text decoder; else the errors of making or fetching it."""
+def find_base(asked: Base, recipe_dir: Path, toolchain: Toolchain, *, first: Callable[[], None]) -> BaseModel:
+    """The base, hashed; ``first`` is called before one is made or fetched, which may take hours.
+
+    UsageError for what names no text decoder; else the errors of ``first``, of making and of fetching.
+    """
     if asked.recipe is not None:
-        return _from_recipe(asked, recipe_dir, toolchain)
+        return _from_recipe(asked, recipe_dir, toolchain, first)
     if asked.gguf is not None:
         path = _place(recipe_dir, asked.gguf)
+        if not path.is_file():
+            raise UsageError(f"the base is not there: {path}", hint=_near_ggufs(path))
         return read_base(path, origin=f"gguf:{path}")
     assert asked.hub is not None
-    return read_base(_fetched(asked.hub), origin=f"hub:{asked.hub}")
+    return read_base(_fetched(asked.hub, first), origin=f"hub:{asked.hub}")
 
 
 def read_base(path: Path, *, origin: str, recipe: Path | None = None, full: Path | None = None) -> BaseModel:
@@ -106,7 +114,7 @@ def full_precision(asked: Base, recipe_dir: Path, toolchain: Toolchain) -> Path 
     return plan.source.path if plan.source.kind == "gguf" else make_step(plan, "convert")
 
 
-def _from_recipe(asked: Base, recipe_dir: Path, toolchain: Toolchain) -> BaseModel:
+def _from_recipe(asked: Base, recipe_dir: Path, toolchain: Toolchain, first: Callable[[], None]) -> BaseModel:
     """The artifact of a quantization recipe; all of the recipe is made when this one is not there."""
     assert asked.recipe is not None
     path = _place(recipe_dir, asked.recipe)
@@ -121,6 +129,7 @@ def _from_recipe(asked: Base, recipe_dir: Path, toolchain: Toolchain) -> BaseMod
         )
     step = plan.step(f"quantize {label}")
     if not provenance.is_current(step):
+        first()
         execute(plan)
     full = plan.source.path if plan.source.kind == "gguf" else plan.step("convert").output
     return read_base(
@@ -137,7 +146,7 @@ def _plan(recipe_path: Path, toolchain: Toolchain) -> Plan:
     return make_plan(recipe, recipe_path=recipe_path, source=source, toolchain=toolchain)
 
 
-def _fetched(typed: str) -> Path:
+def _fetched(typed: str, first: Callable[[], None]) -> Path:
     """``OWNER/NAME:QUANT`` on disk. What the hub listed is recorded: a base that is on disk is found without asking."""
     repo, _, quant = typed.partition(":")
     if repo.count("/") != 1 or not all(repo.split("/")):
@@ -146,20 +155,22 @@ def _fetched(typed: str) -> Path:
     with files.home_in_use():
         for listing in recorded_listings(repo, cache)[:1]:
             try:
-                return _fetch(listing, quant or None, cache)
-            except GoneError:
-                forget_listing(listing, cache)
+                chosen = choose_quant(listing, quant or None)
             except UsageError:
                 break  # the quant came later than the record
+            try:
+                return _fetch(listing, chosen, cache, first)
+            except GoneError:
+                forget_listing(listing, cache)
         listing = list_quants(repo)
         record_listing(listing, cache)
-        return _fetch(listing, quant or None, cache)
+        return _fetch(listing, choose_quant(listing, quant or None), cache, first)
 
 
-def _fetch(listing: RepoListing, wanted: str | None, cache: Path) -> Path:
-    quant = choose_quant(listing, wanted)
+def _fetch(listing: RepoListing, quant: Quant, cache: Path, first: Callable[[], None]) -> Path:
     if path := gguf_path(listing, quant, cache):
         return path
+    first()
     with console.step(f"fetch {listing.repo} {quant.name} at {listing.commit[:12]}") as step:
         return fetch_gguf(listing, quant, cache, step.advance)
 
@@ -177,6 +188,15 @@ def _require_text_decoder(header: GgufHeader) -> None:
             f"{header.path.name} ({header.architecture}) is an encoder: it does not continue text",
             hint=hint,
         )
+
+
+def _near_ggufs(path: Path) -> str:
+    there = sorted(each.name for each in path.parent.glob("*.gguf"))
+    if near := difflib.get_close_matches(path.name, there, n=1):
+        return f"did you mean {path.parent / near[0]}?"
+    if there:
+        return f"in {path.parent} there are: {', '.join(there[:5])}"
+    return "base.gguf is relative to the recipe; base.recipe makes its base where it is missing"
 
 
 def _place(folder: Path, typed: str) -> Path:

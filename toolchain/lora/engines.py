@@ -20,6 +20,10 @@ ADAPTER_GGUF: Final = "adapter.gguf"
 CHILD: Final = "toolchain.lora.torch_engine.child"
 CHECKPOINT_GRACE_S: Final = 120.0
 """For a step to end and its checkpoint to be written, after an interrupt."""
+ALLOCATOR: Final = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+"""For glibc (malloc's tunables): a freed matrix leaves no crumbs that keep its neighbours from becoming one piece.
+torch asks for aligned memory, and glibc 2.36 keeps what it cuts off in front. On a base of 100M parameters, 1,024
+tokens a step, the peak was 960 MiB without them and is 830 with them, in the same time."""
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": None}
 
 
@@ -38,7 +42,12 @@ def run_torch(spec: TrainSpec, *, processes: int, what: str, log: Path, on_line:
             (sys.executable, *launcher, "-m", CHILD, folder / SPEC),
             what=what,
             cwd=files.PROJECT_ROOT,
-            env={**OFFLINE, "OMP_NUM_THREADS": str(spec.n_threads)},
+            env={
+                **OFFLINE,
+                "OMP_NUM_THREADS": str(spec.n_threads),
+                "OMP_WAIT_POLICY": "PASSIVE",  # idle threads would spin on the cores that unpack weights
+                "GLIBC_TUNABLES": ALLOCATOR,
+            },
             log=log,
             on_line=on_line,
             grace_s=CHECKPOINT_GRACE_S,

@@ -7,7 +7,7 @@ before anything is trained; these figures are for refusing early and for choosin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,9 +20,10 @@ IMPORTS_BYTES: Final = 400 << 20
 """torch, transformers and peft on a CPU, imported and idle."""
 ADAPTER_BYTES: Final = 16
 """A trained parameter: weight, gradient and AdamW's two moments (arXiv 1412.6980), float32 each."""
-LOSS_LOGITS: Final = 1 << 24
-"""Logits that are there at once (CHUNK_LOGITS in torch_engine/loss.py), float32; with them their log-softmax and the
-gradients of both."""
+LOSS_LOGITS: Final[Mapping[str, int]] = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Logits that are there at once (CHUNK_LOGITS in torch_engine/loss.py)."""
+LOGIT_BYTES: Final = 12
+"""A logit in float32, which its gradient replaces, and what a model that caps its logits keeps to go back."""
 SCRATCH_BYTES: Final = 64 << 20
 """Tiles of unpacked weight, and what the allocators round up."""
 MARGIN: Final = 0.9
@@ -54,11 +55,12 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """The adapter's form, and the bytes of a number in the products."""
+    """The adapter's form, the bytes of a number in the products, and where these are computed."""
 
     rank: int
     dora: bool
     dtype_bytes: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def needed(shape: Shape, form: Form, work: Work) -> Need:
         weights=shape.weight_bytes,
         adapter=ADAPTER_BYTES * shape.trained_parameters(form),
         activations=kept * _layer_bytes(shape, form, work) + borders + mask,
-        loss=4 * 4 * min(LOSS_LOGITS, work.tokens * shape.n_vocab) + 3 * row_bytes,
+        loss=LOGIT_BYTES * min(LOSS_LOGITS[form.device], work.tokens * shape.n_vocab) + 3 * row_bytes,
         scratch=SCRATCH_BYTES,
     )
 

@@ -79,7 +79,7 @@ def settle_means(recipe: LoraRecipe, base: BaseModel, machine: Machine, *, work:
     targets = target_suffixes(base.headers, recipe.adapter.targets)
     shape = shape_of(base.headers, targets)
     free = free_bytes(recipe, machine, device)
-    form = Form(rank=recipe.adapter.rank, dora=recipe.adapter.dora, dtype_bytes=DTYPE_BYTES[dtype])
+    form = Form(rank=recipe.adapter.rank, dora=recipe.adapter.dora, dtype_bytes=DTYPE_BYTES[dtype], device=device)
     if work is None:
         work = choose_work(
             shape,

@@ -28,7 +28,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._shown, self._steps, self._tokens, self._clock = shown, steps, tokens, clock
-        self._seen: deque[tuple[int, float]] = deque([(done, clock())], maxlen=_WINDOW)
+        self._seen: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         shown.advance(done, steps)
 
     def on_line(self, line: str) -> None:
@@ -41,7 +41,7 @@ class Progress:
     def on_step(self, step: StepLine) -> None:
         self._seen.append((step.step, self._clock()))
         (first, began), (last, now) = self._seen[0], self._seen[-1]
-        each = (now - began) / max(1, last - first)
+        each = (now - began) / max(1, last - first)  # the time before the first step went into imports and checks
         speed = f", {self._tokens / each:,.0f} tokens/s, {duration((self._steps - last) * each)} left" if each else ""
         self._shown.note = f"loss {step.loss:.3f}{speed}"
         self._shown.advance(step.step, self._steps)

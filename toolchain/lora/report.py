@@ -11,7 +11,7 @@ from toolchain.base.console import format_bytes
 from toolchain.lora.forms.merge import MergedModel
 from toolchain.lora.probe import TrainingPlan
 from toolchain.lora.progress import duration
-from toolchain.lora.results import Results
+from toolchain.lora.results import BESIDE, Results
 from toolchain.lora.training import Training
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -95,8 +95,9 @@ def result_table(found: Results) -> Table:
 
 def result_lines(found: Results) -> list[str]:
     """What there is now, and how it is used."""
-    made = [found.adapter, *(path for ending in _ENDINGS if (path := found.beside(ending)).exists())]
+    made = [found.adapter, *(path for ending in BESIDE.values() if (path := found.beside(ending)).exists())]
     if "merged" in found.noted:
+        made.append(found.noted["merged"])
         use = f"python -m runtime chat {shown([found.noted['merged']])}"
     else:
         use = f"python -m runtime chat {shown([found.noted['base']['path']])} --lora {shown([found.adapter])}"
@@ -116,7 +117,7 @@ def result_json(training: Training, found: Results) -> dict[str, Any]:
         **noted["quality"],
         **{name: noted["training"][name] for name in _TRAINING},
         "seconds": noted["seconds"],
-        "files": {key: str(path) for key, ending in _FILES if (path := found.beside(ending)).exists()},
+        "files": {key: str(path) for key, ending in BESIDE.items() if (path := found.beside(ending)).exists()},
         "fingerprint": noted["fingerprint"],
         "reused": found.reused,
     }
@@ -149,8 +150,6 @@ _TRAINING = (
     *("tokens_per_second", "seconds_per_step", "steps", "trained_parameters", "held_out_before", "held_out_after"),
     *("weight_bytes", "import_bytes", "peak_bytes"),
 )
-_FILES = (("curve", "-loss.png"), ("metrics", "-loss.jsonl"), ("replies", "-replies.md"), ("peft", "-peft"))
-_ENDINGS = tuple(ending for _, ending in _FILES)
 
 
 def _share(facts: Any) -> str:

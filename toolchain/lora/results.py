@@ -25,6 +25,8 @@ from toolchain.stages.stage import package_version
 
 REFUSED: Final = "refused"
 """Folder in ``models/NAME/`` of an adapter that did not pass its check."""
+BESIDE: Final = {"curve": "-loss.png", "metrics": "-loss.jsonl", "replies": "-replies.md", "peft": "-peft"}
+"""What lies beside an adapter: its name in `--json`, and how its file's name ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +43,11 @@ class Results:
 
 
 def current(training: Training) -> Results | None:
-    """The results, when they are those of this very training, judged as the recipe asks."""
+    """The results, when they are those of this very training, judged as the recipe asks, by a model still there."""
     found = trained(training)
-    return found if found and found.noted.get("judged_by") == training.judged_by else None
+    if found is None or found.noted.get("judged_by") != training.judged_by:
+        return None
+    return found if "merged" not in found.noted or Path(found.noted["merged"]).is_file() else None
 
 
 def trained(training: Training) -> Results | None:
@@ -124,6 +128,8 @@ def place(
         noted = _described(training, data, outcome, found, results.adapter)
         noted |= {"merged": str(merged)} if merged else {}
         files.write_json(sidecar, noted)
+    if folder == training.folder:
+        files.remove(folder / REFUSED, within=folder)
     return replace(results, noted=noted)
 
 
@@ -133,9 +139,21 @@ def distrust(training: Training) -> None:
 
 
 def withdraw(training: Training) -> None:
-    """Take an adapter that fails its check now away from its final name."""
+    """Take an adapter that fails its check now, with all that was made of it, away from the final names."""
     distrust(training)
     training.adapter.unlink(missing_ok=True)
+    for ending in BESIDE.values():
+        files.remove(training.folder / f"{training.name}{ending}", within=training.folder)
+
+
+def moved(merged: Path, folder: Path) -> Path:
+    """Bring a merged model and its sidecar to ``folder``; where it is then."""
+    final = folder / merged.name
+    with files.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        merged.replace(final)
+        provenance.sidecar_path(merged).replace(provenance.sidecar_path(final))
+    return final
 
 
 def quality(found: Judgement) -> dict[str, object]:

@@ -107,8 +107,9 @@ def _judged(training: Training, outcome: TrainOutcome) -> Results:
     found = judge(training, data, merged or training.base.path, None if merged else adapter)
     most = training.recipe.evaluate.max_drift_kld
     if most is not None and found.drift.mean_kld > most:
-        results.withdraw(training)
         kept = training.folder / REFUSED
+        results.withdraw(training)
+        merged = results.moved(merged, kept) if merged else None
         results.place(training, data, outcome, found, adapter=adapter, merged=merged, folder=kept)
         require_little_drift(found.drift, most, kept=kept)
     return results.place(training, data, outcome, found, adapter=adapter, merged=merged, folder=training.folder)

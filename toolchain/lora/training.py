@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.base import files, machine
-from toolchain.base.errors import MissingError, UsageError
+from toolchain.base.errors import MissingError
 from toolchain.base.machine import Machine
 from toolchain.build import toolchain as toolchains
 from toolchain.build.toolchain import Toolchain
@@ -14,7 +14,7 @@ from toolchain.build.verbs import ensure_current
 from toolchain.lora import builtin, fingerprint
 from toolchain.lora.base import BaseModel, find_base
 from toolchain.lora.data.prepare import DataRequest
-from toolchain.lora.data.records import DataFile
+from toolchain.lora.data.records import DataFile, check_files, require_files
 from toolchain.lora.ggml_engine.refuse import check_base, check_recipe
 from toolchain.lora.judging.evaluate import text_file
 from toolchain.lora.recipe import LoraRecipe, Source, load_lora_recipe
@@ -62,8 +62,9 @@ def look_up(recipe_path: Path) -> Training:
     engine = _trainer() if recipe.engine == "ggml" else toolchain
     here = machine.probe()
     request = _request(recipe, recipe_path.parent, here)
-    unrelated = text_file(recipe.evaluate.unrelated, recipe_path.parent)
-    base = find_base(recipe.base, recipe_path.parent, toolchain)
+    require_files(request.files)
+    unrelated = text_file(recipe.evaluate.unrelated, recipe_path.parent).absolute()
+    base = find_base(recipe.base, recipe_path.parent, toolchain, first=lambda: check_files(request.files))
     if recipe.engine == "ggml":
         check_base(base.header, engine)
     request = replace(request, base=str(base.path))
@@ -105,13 +106,7 @@ def _request(recipe: LoraRecipe, folder: Path, here: Machine) -> DataRequest:
 
 
 def _data_file(source: Source, folder: Path) -> DataFile:
-    """UsageError when it is not there: before a base of gigabytes is fetched for it."""
     path = (folder / files.expand(source.file)).absolute()
-    if not path.is_file():
-        raise UsageError(
-            f"no such file of examples: {path}",
-            hint="data.sources names files relative to the recipe; docs/lora.md shows their forms",
-        )
     return DataFile(path=str(path), kind=source.kind, repeat=source.repeat)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,8 @@ from toolchain.lora.run import merged, plan_only, run, steps_done
 from toolchain.lora.training import look_up
 
 Form = Literal["convert", "from-peft", "to-peft"]
+Converted = tuple[Mapping[str, object], Sequence[str]]
+"""What `--json` tells of a conversion, and the same for people."""
 
 
 def lora(recipe: Path, *, dry_run: bool, fresh: bool, as_json: bool) -> None:
@@ -73,15 +76,22 @@ def convert(
     for flag, typed in trains.items():
         if typed:
             raise UsageError(f"{flag} does not go with --{form}", hint="train and convert one after the other")
+    source = _typed_path(str(source))
     if not base:
         hint = f"add --base MODEL.gguf, the model that {source.name} is for"
         raise UsageError(f"--{form} needs the base: names and shapes are its", hint=hint)
-    model, target = files.expand(base), files.expand(output) if output else source.with_name(_NAMED[form](source))
+    model = _typed_path(base)
+    target = _typed_path(output) if output else source.with_name(_NAMED[form](source))
+    for path in (source, model):
+        if not path.exists():
+            raise UsageError(f"there is no {path}", hint=f"`./inv lora ADAPTER --{form} --base MODEL.gguf`")
     if target.exists():
-        raise UsageError(f"{target} is there already", hint="name another file with --output, or delete it")
+        raise UsageError(f"{target} is there already", hint="name another one with --output, or delete it")
     log = files.home_dir("logs") / "lora" / f"{form}.log"
     with files.home_in_use():
-        found = {"convert": _convert, "from-peft": _from_peft, "to-peft": _to_peft}[form](source, model, target, log)
+        found, lines = _CONVERTED[form](source, model, target, log)
+    for line in lines:
+        console.say(line)
     if as_json:
         console.answer_json({"output": str(target), "base": str(model), **found})
         return
@@ -121,22 +131,35 @@ _NAMED: Mapping[Form, Callable[[Path], str]] = {
 }
 
 
-def _convert(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
+def _typed_path(typed: str) -> Path:
+    """Absolute, since children run elsewhere, and with a name where ``.`` or ``..`` was typed."""
+    return Path(os.path.abspath(files.expand(typed)))
+
+
+def _convert(source: Path, base: Path, target: Path, log: Path) -> Converted:
     from toolchain.lora.forms.bridge import convert as over_the_bridge
 
     told = over_the_bridge(source, base, target)
-    return asdict(told)
+    return asdict(told), told.lines()
 
 
-def _from_peft(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
+def _from_peft(source: Path, base: Path, target: Path, log: Path) -> Converted:
     from toolchain.lora.forms.peft_form import from_peft
 
     made = from_peft(source, base, target, toolchain=ensure_current(), log=log)
-    return {"pairs": len(made.pairs), "alpha": made.alpha, "base_sha256": made.base_sha256}
+    figures = {"pairs": len(made.pairs), "alpha": made.alpha, "base_sha256": made.base_sha256}
+    return figures, [f"{len(made.pairs)} matrices, alpha {made.alpha:g}"]
 
 
-def _to_peft(source: Path, base: Path, target: Path, log: Path) -> dict[str, object]:
+def _to_peft(source: Path, base: Path, target: Path, log: Path) -> Converted:
     from toolchain.lora.forms.peft_form import to_peft
 
     to_peft(source, base, target, log=log)
-    return {}
+    return {}, []
+
+
+_CONVERTED: Mapping[Form, Callable[[Path, Path, Path, Path], Converted]] = {
+    "convert": _convert,
+    "from-peft": _from_peft,
+    "to-peft": _to_peft,
+}

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.base import command, machine
 from toolchain.base.command import OnProgress
-from toolchain.base.errors import ArtifactError, UsageError
+from toolchain.base.errors import ArtifactError, CommandError, UsageError
+from toolchain.stages import perplexity_child
 from toolchain.stages.stage import Stage
 
-FINAL = re.compile(r"Final estimate: PPL(?:\s*=\s*|\s+over .*?=\s*)([\d.]+|nan|inf|-nan)(?: \+/- ([\d.]+))?")
+FINAL = re.compile(
+    r"(?:Final estimate: PPL(?:\s*=\s*|\s+over .*?=\s*)|\[\d+\](?=[^\[]*Unexpected negative standard deviation))"
+    r"([\d.]+|nan|inf|-nan)(?: \+/- ([\d.]+))?"
+)
+"""The figure and its error, or that of the last window where a deviation of nothing was rounded below it."""
 TOO_SHORT = "you need at least"
 TOKENS = re.compile(r"tokenizes to only (\d+) tokens")
-TRIES = 10
-"""llama.cpp's logger is a thread that the end of the program does not wait for (llama.cpp issue 22142): under
-load the last lines, and with them the figure, can be lost though all went well. Then we ask again. It is small models,
-asked in a second, whose end comes that quickly: of 20 runs on a busy machine 3 were lost, and once 3 in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +68,15 @@ class Evaluate(Stage):
             ) from None
         final = FINAL.search(said)
         assert final is not None
-        figures = {"perplexity": float(final[1]), "error": float(final[2] or "nan"), "n_ctx": self.n_ctx}
+        figures = {"perplexity": float(final[1]), "error": float(final[2] or 0), "n_ctx": self.n_ctx}
         output.write_text(json.dumps(figures))
 
     def check(self, output: Path) -> Mapping[str, object]:
-        """The figure is a number that a perplexity can be: finite and at least 1."""
-        figures: dict[str, object] = json.loads(output.read_text())
-        perplexity = figures["perplexity"]
-        if not (isinstance(perplexity, float) and 1 <= perplexity < float("inf")):
+        """The figure is a perplexity of a model that computes."""
+        figures: dict[str, float] = json.loads(output.read_text())
+        if not is_perplexity(figures["perplexity"], figures["error"]):
             raise ArtifactError(
-                f"{self.label} does not compute: its perplexity is {perplexity}",
+                f"{self.label} does not compute: its perplexity is {figures['perplexity']}",
                 hint="the source weights or this quantization are broken; try another type",
             )
         return figures
@@ -89,6 +90,13 @@ class TooShort(UsageError):
         self.tokens = tokens
 
 
+def is_perplexity(value: float, error: float) -> bool:
+    """Finite, at least 1, and not of logits that are no numbers: llama-perplexity takes every token for equally likely
+    then (log_softmax in perplexity.cpp compares with them), which gives the vocabulary's size and no deviation at all.
+    """
+    return 1 <= value < float("inf") and not (value > 2 and error < 1e-6 * value)
+
+
 def perplexity_argv(tool: Path, model: Path, text: Path, *, n_ctx: int, chunks: int | None) -> tuple[str, ...]:
     """llama-perplexity of ``model`` over ``text`` in windows of ``n_ctx`` tokens, at most ``chunks`` of them."""
     limit = () if chunks is None else ("--chunks", str(chunks))
@@ -97,20 +105,25 @@ def perplexity_argv(tool: Path, model: Path, text: Path, *, n_ctx: int, chunks: 
 
 
 def ask(argv: tuple[str, ...], wanted: re.Pattern[str], *, label: str, log: Path, on_progress: OnProgress) -> str:
-    """What llama-perplexity says, with ``wanted`` in it. Raises TooShort, and ArtifactError when the figure is lost."""
-    for _ in range(TRIES):
-        said = command.run(argv, what=f"judging {label}", log=log, parse=parse_chunks, on_progress=on_progress).output
-        if TOO_SHORT in said:
-            found = TOKENS.search(said)
-            line = next(line for line in said.splitlines() if TOO_SHORT in line)
-            raise TooShort(line, int(found[1]) if found else None)
-        if wanted.search(said):
-            return said
-    raise ArtifactError(
-        f"llama-perplexity gave no figure for {label}",
-        evidence="\n".join(said.splitlines()[-8:]),
-        hint=f"read {log}, then run the recipe again",
-    )
+    """What llama-perplexity says, with ``wanted`` in it. Raises TooShort, and ArtifactError without a figure."""
+    tool, what = Path(argv[0]), f"judging {label}"
+    through = (sys.executable, "-IS", perplexity_child.__file__) if perplexity_child.library(tool) else ()
+    try:
+        said = command.run((*through, *argv), what=what, log=log, parse=parse_chunks, on_progress=on_progress).output
+    except CommandError as error:
+        message = error.message.replace(f"{what}: {Path(sys.executable).name} ", f"{what}: {tool.name} ")
+        raise CommandError(message, evidence=error.evidence, hint=error.hint) from error
+    if TOO_SHORT in said:
+        found = TOKENS.search(said)
+        line = next(line for line in said.splitlines() if TOO_SHORT in line)
+        raise TooShort(line, int(found[1]) if found else None)
+    if not wanted.search(said):
+        raise ArtifactError(
+            f"llama-perplexity gave no figure for {label}",
+            evidence="\n".join(said.splitlines()[-8:]),
+            hint=f"read {log}, then run the recipe again",
+        )
+    return said
 
 
 def parse_chunks(recent: str) -> tuple[int, int] | None:

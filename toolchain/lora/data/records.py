@@ -56,6 +56,12 @@ class Conversation:
     line: int
 
 
+def require_files(files: Iterable[DataFile]) -> None:
+    """UsageError for the first of ``files`` that is not there or is no file; what is in them is not looked at."""
+    for file in files:
+        _open(Path(file.path)).close()
+
+
 def check_files(files: Iterable[DataFile]) -> None:
     """UsageError for everything that is wrong with ``files``, up to a number; they are read to the end."""
     problems = Problems()

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
     Floats: TypeAlias = NDArray[np.float32]
 
+EMBEDDING: Final = "token_embd.weight"
+
 _A: Final = ".lora_a"
 _B: Final = ".lora_b"
 _MAGNITUDE: Final = ".lora_magnitude"
 _NORM: Final = "_norm.weight"
-_EMBEDDING: Final = "token_embd.weight"
 _NOTES: Final = "foundry."
 _NORMS_KEY: Final = "foundry.lora.norms"
 _NORMS_ADDED: Final = "added"
@@ -88,8 +89,8 @@ class AdapterModel:
         return self.alpha / self.pairs[target].rank if self.alpha else 1.0
 
 
-def write_adapter(path: Path, adapter: AdapterModel, *, half: bool = False) -> None:
-    """Write ``adapter`` to ``path``, which the caller stages; matrices in float32, or float16 with ``half``.
+def write_adapter(path: Path, adapter: AdapterModel) -> None:
+    """Write ``adapter`` in float32 to ``path``, which the caller stages.
 
     ArtifactError where it is not whole: shapes that do not go together, numbers that are not finite.
     """
@@ -111,11 +112,10 @@ def write_adapter(path: Path, adapter: AdapterModel, *, half: bool = False) -> N
                 writer.add_string(_NOTES + key, value)
             if adapter.norms:
                 writer.add_string(_NORMS_KEY, _NORMS_ADDED)
-            kind = np.float16 if half else np.float32
             for target, pair in adapter.pairs.items():
-                a, b = (pair.b, pair.a.T) if target.endswith(_EMBEDDING) else (pair.a, pair.b)
-                writer.add_tensor(target + _A, np.ascontiguousarray(a, dtype=kind))
-                writer.add_tensor(target + _B, np.ascontiguousarray(b, dtype=kind))
+                a, b = (pair.b, pair.a.T) if target.endswith(EMBEDDING) else (pair.a, pair.b)
+                writer.add_tensor(target + _A, np.ascontiguousarray(a, dtype=np.float32))
+                writer.add_tensor(target + _B, np.ascontiguousarray(b, dtype=np.float32))
                 if pair.magnitude is not None:
                     writer.add_tensor(target + _MAGNITUDE, np.ascontiguousarray(pair.magnitude, dtype=np.float32))
             for norm, vector in adapter.norms.items():
@@ -208,7 +208,7 @@ def _pairs(
         a, b = lower[target], upper[target]
         if not 2 <= a.ndim <= 3 or a.ndim != b.ndim:
             raise ArtifactError(f"{path.name}: the pair for {target} is of {a.ndim} and {b.ndim} dimensions")
-        if target.endswith(_EMBEDDING):
+        if target.endswith(EMBEDDING):
             a, b = b.T, a
         pairs[target] = Pair(a=a, b=b, magnitude=magnitudes.get(target))
     return pairs

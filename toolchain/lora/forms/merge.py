@@ -224,15 +224,19 @@ def _fitting(path: Path, scale: float, base: GgufHeader, force: bool) -> Scaled:
 
 
 def _refuse_other(final: Path, noted: Mapping[str, object], base: BaseModel) -> None:
-    """UsageError when another kind of file has the name: the base itself, or an artifact of a recipe of that name."""
-    if final.resolve() in [shard.resolve() for shard in base.shards] or (
-        final.exists() and noted and "merge" not in noted
-    ):
+    """UsageError when a file has the name that was not merged: the base itself, a recipe's artifact, anybody's own."""
+    is_base = final.resolve() in [shard.resolve() for shard in base.shards]
+    if is_base or (final.exists() and not _was_merged(final, noted)):
         raise UsageError(
             f"{final} is there and was not merged",
             evidence="the merged model would take its place",
             hint="give the LoRA recipe another name than the base's recipe has",
         )
+
+
+def _was_merged(path: Path, noted: Mapping[str, object]) -> bool:
+    """By its sidecar; by its header where a kill came between the two."""
+    return "merge" in noted if noted else MERGED_KEY in read_header(path).metadata
 
 
 def _place(made: Path, final: Path, noted: Mapping[str, object]) -> None:

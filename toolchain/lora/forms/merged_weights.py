@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from toolchain.base.command import OnProgress
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import GgufHeader, TensorInfo
-from toolchain.lora.forms.adapter import AdapterModel
+from toolchain.lora.forms.adapter import EMBEDDING, AdapterModel
 from toolchain.lora.forms.ggml_values import GgmlValues
 from toolchain.lora.forms.rewrite import rewrite
 
@@ -45,7 +45,7 @@ def changed_tensors(shards: Sequence[GgufHeader], scaled: Sequence[Scaled]) -> d
                 f"{name} has a scale of its own beside its numbers, so nothing can be added to it",
                 hint="merge into another file of the model, such as its Q8_0",
             )
-    if "token_embd.weight" in wanted and "output.weight" not in tensors:
+    if EMBEDDING in wanted and "output.weight" not in tensors:
         raise UsageError(
             "the adapter changes the token embedding, which in this model is the output's matrix too",
             hint="train it without the embedding",

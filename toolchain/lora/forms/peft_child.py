@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from toolchain.base.errors import ArtifactError, FoundryError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.lora.child_errors import write_failure
-from toolchain.lora.forms.adapter import Pair, read_adapter
+from toolchain.lora.forms.adapter import EMBEDDING, Pair, read_adapter
 from toolchain.lora.forms.peft_form import CONFIG, WEIGHTS
 from toolchain.lora.torch_engine.architecture import find_architecture, model_config
 from toolchain.lora.torch_engine.names import Converted, tensor_names
@@ -39,7 +39,6 @@ _HALVES: Final[Mapping[str, str]] = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
 }
-_EMBEDDING: Final = "token_embd.weight"
 _TEXT_PART: Final = "language_model."
 """What the modules of a text model are called by where it was trained as part of one that sees."""
 
@@ -61,8 +60,7 @@ class _Base:
         return self._converted.row_order(tensor, n_rows)
 
 
-def main() -> int:
-    request = Path(sys.argv[1])
+def main(request: Path) -> int:
     asked = json.loads(request.read_text())
     try:
         base = _Base(Path(asked["base"]))
@@ -132,13 +130,13 @@ def _check_fit(folder: Path, module: str, a: torch.Tensor, b: torch.Tensor, base
             f"{folder.name} changes {module}, which {of_base} does not have",
             hint="give the GGUF of the model that it was trained on",
         )
-    if tensor == _EMBEDDING and "output.weight" not in base.file.tensors:
+    if tensor == EMBEDDING and "output.weight" not in base.file.tensors:
         raise UsageError(
             f"{folder.name} changes {module}, but in {of_base} embedding and output are one matrix",
             hint="neither runtime nor merge can change one of the two: train it without that module",
         )
     shape = tuple(base.model.get_parameter(parameter).shape)
-    wanted = shape[::-1] if tensor == _EMBEDDING else shape
+    wanted = shape[::-1] if tensor == EMBEDDING else shape
     if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != wanted or a.shape[0] != b.shape[1]:
         raise ArtifactError(
             f"{folder.name} does not fit {module} of {of_base}",
@@ -157,8 +155,11 @@ def _scale(config: LoraConfig, module: str, rank: int) -> float:
 def _to_peft(adapter: Path, base: _Base, output: Path) -> None:
     model = read_adapter(adapter)
     modules = {tensor: name.rpartition(".")[0] for name, tensor in base.names.items() if name.endswith(".weight")}
-    if "token_embd.weight" in model.pairs and "output.weight" not in base.file.tensors:
-        raise UsageError(f"{adapter.name} changes the token embedding, which is the output's matrix too")
+    if EMBEDDING in model.pairs and "output.weight" not in base.file.tensors:
+        raise UsageError(
+            f"{adapter.name} changes the token embedding, which in this model is the output's matrix too",
+            hint="train it without the embedding",
+        )
     tensors: dict[str, torch.Tensor] = {}
     for target, pair in model.pairs.items():
         if target not in modules or pair.a.ndim != 2:
@@ -189,7 +190,7 @@ def _to_peft(adapter: Path, base: _Base, output: Path) -> None:
 
 
 def _peft_tensors(stem: str, target: str, pair: Pair, base: _Base) -> dict[str, torch.Tensor]:
-    if target == _EMBEDDING:
+    if target == EMBEDDING:
         return {f"{stem}.lora_embedding_A": _tensor(pair.b.T), f"{stem}.lora_embedding_B": _tensor(pair.a.T)}
     order = base.row_order(target, len(pair.b))
     rows = slice(None) if order is None else order
@@ -211,4 +212,4 @@ def _tensor(values: Any) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1])))

@@ -42,6 +42,9 @@ _BEYOND_PAIRS: Final[Mapping[str, str]] = {
     "monteclora_config": "drawn matrices (MonteCLoRA)",
     "megatron_config": "Megatron's parallel layers",
 }
+_CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Beginnings that take what they put into A and B from the base's weights (``update_layer`` in peft's
+tuners/lora/layer.py): the adapter alone is not the whole of what was learned."""
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": None}
 
 
@@ -154,4 +157,11 @@ def _check_folder(folder: Path) -> None:
             f"{folder.name} has more than pairs of matrices: {', '.join(beyond)}",
             evidence=str(folder / CONFIG),
             hint=_MERGE_IN_PEFT,
+        )
+    if (begun := str(config.get("init_lora_weights")).lower()).startswith(_CHANGED_BASE):
+        raise UsageError(
+            f"{folder.name} belongs to a changed base: it began as {begun}, which takes from the base's weights",
+            evidence=str(folder / CONFIG),
+            hint="save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), see peft's "
+            f"documentation of {begun}; or {_MERGE_IN_PEFT}",
         )

@@ -37,15 +37,15 @@ def resume(run_dir: Path, steps: int) -> int:
 
 
 def keep(folder: Path, step: int, *, curve: IO[str]) -> None:
-    """Bring the checkpoint of ``step`` to disk, with the loss curve that reaches it; all but the newest KEPT go.
+    """Bring the checkpoint of ``step`` to disk, with the loss curve that reaches it; of those up to it KEPT stay.
 
-    MissingError where the disk was too full for it.
+    The trainer may be ahead of its own lines: what is newer stays too. MissingError where the disk was too full for it.
     """
     path = folder / str(step)
     look_at(lambda: _read_checkpoint(path), path)
     os.fsync(curve.fileno())
     files.promote(path, path)
-    for old in _saved(folder)[:-KEPT]:
+    for old in [saved for saved in _saved(folder) if saved <= step][:-KEPT]:
         files.remove(folder / str(old), within=folder)
 
 

@@ -30,7 +30,7 @@ from toolchain.lora.judging.evaluate import (
     scored_in,
     tokens_needed,
 )
-from toolchain.stages.evaluate import FINAL, TooShort, ask, perplexity_argv
+from toolchain.stages.evaluate import FINAL, TooShort, ask, is_perplexity, perplexity_argv
 
 Judged: TypeAlias = tuple[Path, Path | None]
 """A model and the adapter on top of it."""
@@ -43,6 +43,7 @@ LEAST_TOKENS: Final = 100
 _NUMBER: Final = r"\s*(-?(?:[\d.]+|nan|inf))"
 _FIGURES: Final[Mapping[str, str]] = {
     "perplexity": rf"Mean PPL\(Q\)\s*:{_NUMBER}",
+    "deviation": rf"Mean PPL\(Q\)\s*:{_NUMBER}\s*±{_NUMBER}",
     "mean_kld": rf"Mean\s+KLD:{_NUMBER}",
     "error": rf"Mean\s+KLD:{_NUMBER}\s*±{_NUMBER}",
     "median_kld": rf"Median\s+KLD:{_NUMBER}",
@@ -94,13 +95,14 @@ def drift(
 ) -> Drift:
     """How far ``other`` is from ``reference`` on ``text``, in at most ``chunks`` windows of ``n_ctx`` tokens.
 
-    There are fewer where their distributions would take more than MOST_BYTES, and shorter ones on a short text. Raises
-    UsageError when the text is too short or the vocabularies differ, MissingError when the disk is full.
+    There are fewer where their distributions would take more than MOST_BYTES, and shorter ones on a short text. One of
+    the same ``log`` runs at a time, and takes away what a killed one left. Raises UsageError when the text is too short
+    or the vocabularies differ, MissingError when the disk is full.
     """
     n_vocab = _one_vocabulary(reference[0], other[0])
     tool = toolchain.tool("perplexity")
-    place = files.digest([[str(path) for path in (*reference, *other, text)], n_ctx])[:20]
-    final = files.home_dir("work") / "drift" / f"{place}.logits"
+    # Not by the models: a merged one is judged under a name of the moment, and what a kill left would never be found.
+    final = files.home_dir("work") / "drift" / f"{files.sha256_text(str(log))[:20]}.logits"
     with files.locked(final.with_suffix(".lock")), files.staging(final) as logits, files.disk_errors(final):
 
         def written(window: int) -> str:
@@ -130,10 +132,19 @@ def _parsed(told: str, before: Perplexity, tokens: int, label: str) -> Drift:
     """
     found = {name: re.search(pattern, told) for name, pattern in _FIGURES.items()}
     if lost := [name for name, match in found.items() if match is None]:
-        raise ArtifactError(f"llama-perplexity told no {', '.join(lost)} of {label}", evidence=told[-2000:])
+        raise ArtifactError(
+            f"llama-perplexity told no {', '.join(lost)} of {label}",
+            evidence=told[-2000:],
+            hint="type the same command again; if it stays so, report it with this text",
+        )
     figures = {name: float(match[match.lastindex or 1]) for name, match in found.items() if match}
-    if not math.isfinite(figures["mean_kld"]):
-        raise ArtifactError(f"{label} does not compute: its divergence is {figures['mean_kld']}")
+    computes = is_perplexity(figures["perplexity"], figures.pop("deviation"))
+    if not (computes and math.isfinite(figures["mean_kld"])):
+        raise ArtifactError(
+            f"{label} does not compute",
+            evidence=f"divergence {figures['mean_kld']}, perplexity {figures['perplexity']}",
+            hint="an adapter: train it with a lower train.learning_rate; a model: `./inv verify FILE.gguf`",
+        )
     figures["same_top"] /= 100
     return Drift(**figures, perplexity_reference=before.value, n_ctx=before.n_ctx, tokens=tokens)
 

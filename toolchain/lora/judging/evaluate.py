@@ -17,7 +17,7 @@ from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.build.toolchain import Toolchain
 from toolchain.pipeline.recipe import BUILTIN_CORPUS
 from toolchain.stages import corpus
-from toolchain.stages.evaluate import FINAL, TooShort, ask, perplexity_argv
+from toolchain.stages.evaluate import FINAL, TooShort, ask, is_perplexity, perplexity_argv
 
 SMALLEST_WINDOW: Final = 32
 """Tokens; half of a window is context, and with less of it a perplexity says little."""
@@ -91,16 +91,16 @@ def scored_in(window: int) -> int:
 
 
 def final_perplexity(said: str, n_ctx: int, label: str) -> Perplexity:
-    """The figure in what llama-perplexity said; ArtifactError unless it is finite and at least 1."""
+    """The figure in what llama-perplexity said; ArtifactError unless the model computes."""
     final = FINAL.search(said)
     assert final is not None
-    value = float(final[1])
-    if not 1 <= value < float("inf"):
+    value, error = float(final[1]), float(final[2] or 0)
+    if not is_perplexity(value, error):
         raise ArtifactError(
             f"{label} does not compute: its perplexity is {value}",
             hint="an adapter: train it with a lower train.learning_rate; the base: `./inv verify FILE.gguf`",
         )
-    return Perplexity(value=value, error=float(final[2] or "nan"), n_ctx=n_ctx)
+    return Perplexity(value=value, error=error, n_ctx=n_ctx)
 
 
 def adapter_argv(adapter: Path | None, scale: float = 1.0) -> tuple[str, ...]:

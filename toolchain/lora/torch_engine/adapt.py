@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from toolchain.base.errors import UsageError
 from toolchain.lora.forms.adapter import AdapterModel, Pair
 from toolchain.lora.spec import TrainSpec
+from toolchain.lora.torch_engine.adapted import AdaptedLinear
+from toolchain.lora.torch_engine.packed import PackedLinear
 
 ADAPTER_NAME: Final = "default"
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -70,6 +72,7 @@ def adapt(base: PreTrainedModel, spec: TrainSpec) -> Adapted:
         use_dora=spec.dora,
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({PackedLinear: AdaptedLinear})
     adapted = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
     trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     return Adapted(base=base, peft=adapted, parameters=dict(sorted(trained.items())))

@@ -105,16 +105,26 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, x: torch.Tensor, blocks: torch.Tensor, kind: str, unpacker: Unpacker) -> torch.Tensor:
         ctx.save_for_backward(blocks)
         ctx.kind, ctx.unpacker = kind, unpacker
-        product = x.new_empty(len(x), len(blocks))
-        for rows, weight in unpacker.tiles(blocks, kind, x.dtype):
-            torch.mm(x, weight.t(), out=product[:, rows])
-        return product
+        return forward_product(x, blocks, kind, unpacker)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (blocks,) = ctx.saved_tensors
-        dx = dy.new_zeros(len(dy), columns(blocks, ctx.kind))
-        for rows, weight in ctx.unpacker.tiles(blocks, ctx.kind, dy.dtype):
-            dx.addmm_(dy[:, rows], weight)
-        return dx, None, None, None
+        return backward_product(dy, blocks, ctx.kind, ctx.unpacker), None, None, None
+
+
+def forward_product(x: torch.Tensor, blocks: torch.Tensor, kind: str, unpacker: Unpacker) -> torch.Tensor:
+    """x W^T, unknown to autograd."""
+    product = x.new_empty(len(x), len(blocks))
+    for rows, weight in unpacker.tiles(blocks, kind, x.dtype):
+        torch.mm(x, weight.t(), out=product[:, rows])
+    return product
+
+
+def backward_product(dy: torch.Tensor, blocks: torch.Tensor, kind: str, unpacker: Unpacker) -> torch.Tensor:
+    """dy W, unknown to autograd."""
+    dx = dy.new_zeros(len(dy), columns(blocks, kind))
+    for rows, weight in unpacker.tiles(blocks, kind, dy.dtype):
+        dx.addmm_(dy[:, rows], weight)
+    return dx
