@@ -221,16 +221,25 @@ def lora(
 @foundry_task(
     positional=["recipe"],
     help={
-        "recipe": "the LoRA recipe's file; its adapter is trained already",
+        "recipe": "a LoRA recipe whose adapter is trained already; with --base, an adapter's GGUF",
+        "base": "the model that this adapter is for",
+        "output": "with --base: the file to make (default: beside the adapter)",
         "type": "what the merged model is quantized to (default: the recipe's merge.type, else the base's own types)",
         "json": "one JSON object on stdout",
     },
 )
-def merge(c: Context, recipe: str, type: str | None = None, json: bool = False) -> None:
+def merge(
+    c: Context,
+    recipe: str,
+    base: str | None = None,
+    output: str | None = None,
+    type: str | None = None,
+    json: bool = False,
+) -> None:
     """Merge a trained adapter into its base at full precision, and quantize the result."""
     from toolchain.lora import verbs
 
-    verbs.merge(Path(recipe), asked_type=type, as_json=json)
+    verbs.merge(Path(recipe), base=base, output=output, asked_type=type, as_json=json)
 
 
 @foundry_task(positional=["file"], help={"file": "a GGUF that `inv quantize`, `inv lora` or `inv merge` made"})

@@ -282,6 +282,26 @@ def test_an_adapter_of_2023_becomes_a_gguf_and_its_norms_are_told(ground: Ground
     assert (told["pairs"], told["norms"]) == (["blk.0.attn_q.weight"], ["output_norm.weight"])
 
 
+def test_an_adapter_of_2023_is_merged_with_its_norms(ground: Ground, tmp_path: Path) -> None:
+    width = read_header(ground.base).arch_int("embedding_length")
+    assert width
+    small = np.random.default_rng(2).standard_normal((width, 1)).astype(np.float32) / 20
+    write_ggla(tmp_path / "old.bin", {"output_norm.weight": (small, np.ones((1, 1), np.float32))})
+    (tmp_path / "base.gguf").symlink_to(ground.base)
+    assert inv_in(tmp_path, "lora", "--convert", "old.bin", "--base", "base.gguf").returncode == 0
+    first = inv_in(tmp_path, "merge", "old-lora.gguf", "--base", "base.gguf", "--json")
+    assert first.returncode == 0, first.stderr
+    made = json.loads(first.stdout)
+    assert Path(made["path"]).name == "old-lora-Q4_K_M.gguf"
+    norms = [_vector(path, "output_norm.weight") for path in (ground.base, Path(made["path"]))]
+    np.testing.assert_allclose(norms[1] - norms[0], small[:, 0], atol=1e-6)
+    again = inv_in(tmp_path, "merge", "old-lora.gguf", "--base", "base.gguf", "--json")
+    assert json.loads(again.stdout)["reused"] is True
+    bare = inv_in(tmp_path, "merge", "old-lora.gguf")
+    assert bare.returncode == 2
+    assert "--base" in bare.stderr
+
+
 def test_what_cannot_fit_is_refused_before_anything_is_tried(ground: Ground) -> None:
     recipe = ground.recipe("large", seed=5)
     recipe.write_text(recipe.read_text() + "budget: {memory_gib: 0.1}\n")
@@ -353,6 +373,14 @@ def inv_in(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
     """As `./inv` typed in ``folder``, with paths that are relative to it."""
     argv = [sys.executable, str(ROOT / "tasks.py"), "--search-root", str(ROOT), *typed]
     return subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+
+
+def _vector(path: Path, name: str) -> np.ndarray[Any, Any]:
+    header = read_header(path)
+    tensor = next(tensor for tensor in header.tensors if tensor.name == name)
+    with path.open("rb") as file:
+        file.seek(header.data_offset + tensor.offset)
+        return np.frombuffer(file.read(tensor.nbytes), np.float32)
 
 
 def _run_dir(answer: dict[str, Any]) -> Path:

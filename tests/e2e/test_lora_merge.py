@@ -212,7 +212,7 @@ import dataclasses, json
 from toolchain.build.toolchain import current
 from toolchain.lora.base import read_base
 from toolchain.lora.judging.evaluate import text_file
-from toolchain.lora.forms.merge import merge_recipe
+from toolchain.lora.forms.merge_files import merge_recipe
 from toolchain.lora.recipe import load_lora_recipe
 
 recipes, toolchain = Path("recipes"), current()

@@ -162,8 +162,8 @@ def choose_work(
     least = needed(shape, form, work)
     how = f"with micro_batch {work.micro_rows}, gradient_checkpointing {'true' if work.checkpointing else 'false'}"
     raise MemoryFitError(
-        f"this training needs {format_bytes(least.total)} at least, and {format_bytes(free_bytes)} are free",
-        evidence="\n".join([*least.lines(), how, f"an estimate may take {MARGIN:.0%} of what is free"]),
+        f"this training needs {format_bytes(least.total)} at least, and {format_bytes(free_bytes)} may be used",
+        evidence="\n".join([*least.lines(), how, f"an estimate may take {MARGIN:.0%} of that"]),
         hint=_what_to_lower(work, least),
     )
 

@@ -154,7 +154,7 @@ def require_measured_fit(outcome: TrainOutcome, means: Means) -> None:
     taken = outcome.import_bytes + outcome.peak_bytes
     if taken > means.free_bytes:
         raise MemoryFitError(
-            f"the probe took {format_bytes(taken)}, and {format_bytes(means.free_bytes)} are free",
+            f"the probe took {format_bytes(taken)}, and {format_bytes(means.free_bytes)} may be used",
             evidence="\n".join(means.need.lines()),
             hint="lower train.micro_batch or train.n_ctx, or set train.gradient_checkpointing to true",
         )

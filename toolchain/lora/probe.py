@@ -50,7 +50,7 @@ def make_plan(training: Training) -> TrainingPlan:
     probe = TrainOutcome.from_json(known["probe"]) if same else _probe(training, means, data)
     require_measured_fit(probe, means)
     length = settle_length(training.recipe, rows=data.facts.rows, seconds_per_step=probe.seconds_per_step)
-    if "length" in known:  # the steps of a training that has begun do not change with the machine's load
+    if "length" in known and training.steps_done:  # what has begun does not change with the machine's load
         length = Length(**known["length"])
     note = {"work": asdict(means.work), "probe": asdict(probe), "length": asdict(length)}
     files.write_json(training.run_dir / PLAN, note)

@@ -8,7 +8,7 @@ from typing import Any
 
 from toolchain.base.command import shown
 from toolchain.base.console import format_bytes
-from toolchain.lora.forms.merge import MergedModel
+from toolchain.lora.forms.merge_files import MergedModel
 from toolchain.lora.probe import TrainingPlan
 from toolchain.lora.progress import duration
 from toolchain.lora.results import BESIDE, Results
@@ -50,7 +50,7 @@ def plan_lines(training: Training, plan: TrainingPlan) -> list[str]:
     ]
 
 
-def plan_json(training: Training, plan: TrainingPlan, *, steps_done: int) -> dict[str, object]:
+def plan_json(training: Training, plan: TrainingPlan) -> dict[str, object]:
     means, probe = plan.means, plan.probe
     return {
         "recipe": training.name,
@@ -60,7 +60,7 @@ def plan_json(training: Training, plan: TrainingPlan, *, steps_done: int) -> dic
         "base_sha256": training.base.tensors_sha256,
         "data": asdict(plan.data.facts),
         "steps": plan.length.steps,
-        "steps_done": steps_done,
+        "steps_done": training.steps_done,
         "epochs": plan.length.epochs,
         "cut_by_budget": plan.length.cut,
         "tokens_per_step": training.recipe.train.batch * training.recipe.train.n_ctx,
@@ -132,9 +132,8 @@ def merged_table(made: MergedModel) -> Table:
     return columns, [(*row, f"{gate.same_top:.1%}", seconds)]
 
 
-def merged_json(training: Training, made: MergedModel) -> dict[str, object]:
+def merged_json(made: MergedModel) -> dict[str, object]:
     return {
-        "recipe": training.name,
         "path": str(made.path),
         "type": made.type,
         "bytes": made.bytes,

@@ -11,7 +11,7 @@ from toolchain.base.errors import UsageError
 from toolchain.lora import results
 from toolchain.lora.data.prepare import Prepared
 from toolchain.lora.engines import finished, run_ggml, run_torch
-from toolchain.lora.forms.merge import MergedModel, merge_recipe
+from toolchain.lora.forms.merge_files import MergedModel, merge_recipe
 from toolchain.lora.judging.judge import judge, require_little_drift
 from toolchain.lora.plan import train_spec
 from toolchain.lora.probe import TrainingPlan, make_plan, prepared
@@ -67,16 +67,9 @@ def merged(training: Training, asked_type: str | None) -> MergedModel:
         return _merge(training, found.adapter, prepared(training), asked_type)
 
 
-def steps_done(training: Training) -> int:
-    """The steps of the last checkpoint; 0 before the first. Each engine names them by their step."""
-    folder = training.run_dir / CHECKPOINTS
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(digits) for name in names if (digits := name.removeprefix("step-")).isdecimal()), default=0)
-
-
 def _train(training: Training, plan: TrainingPlan) -> TrainOutcome:
     recipe, run_dir, steps = training.recipe, training.run_dir, plan.length.steps
-    if done := steps_done(training):
+    if done := training.steps_done:
         console.say(f"goes on at step {done + 1} of {steps}")
     with console.step(f"train {training.name}") as shown:
         progress = Progress(shown, steps=steps, tokens=recipe.train.batch * recipe.train.n_ctx, done=done)

@@ -18,6 +18,7 @@ from toolchain.lora.data.records import DataFile, check_files, require_files
 from toolchain.lora.ggml_engine.refuse import check_base, check_recipe
 from toolchain.lora.judging.evaluate import text_file
 from toolchain.lora.recipe import LoraRecipe, Source, load_lora_recipe
+from toolchain.lora.spec import CHECKPOINTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,13 @@ class Training:
     def adapter(self) -> Path:
         """Where the adapter goes."""
         return self.folder / f"{self.name}-lora.gguf"
+
+    @property
+    def steps_done(self) -> int:
+        """The steps of the last checkpoint; 0 before the first. Each engine names them by their step."""
+        folder = self.run_dir / CHECKPOINTS
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return max((int(digits) for name in names if (digits := name.removeprefix("step-")).isdecimal()), default=0)
 
 
 def look_up(recipe_path: Path) -> Training:

@@ -13,10 +13,13 @@ from toolchain.base.command import shown
 from toolchain.base.errors import UsageError
 from toolchain.build.verbs import ensure_current
 from toolchain.lora import report
+from toolchain.lora.forms.merge_files import MergedModel
+from toolchain.lora.judging.evaluate import text_file
 from toolchain.lora.probe import TrainingPlan
 from toolchain.lora.recipe import SCHEMA_NAME, load_lora_recipe, schema_text
-from toolchain.lora.run import merged, plan_only, run, steps_done
+from toolchain.lora.run import merged, plan_only, run
 from toolchain.lora.training import look_up
+from toolchain.pipeline.recipe import BUILTIN_CORPUS
 
 Form = Literal["convert", "from-peft", "to-peft"]
 Converted = tuple[Mapping[str, object], Sequence[str]]
@@ -31,7 +34,7 @@ def lora(recipe: Path, *, dry_run: bool, fresh: bool, as_json: bool) -> None:
     if dry_run:
         plan = plan_only(training)
         if as_json:
-            console.answer_json(report.plan_json(training, plan, steps_done=steps_done(training)))
+            console.answer_json(report.plan_json(training, plan))
         else:
             for line in report.plan_lines(training, plan):
                 console.answer(line)
@@ -100,12 +103,18 @@ def convert(
         console.answer(f"use it: python -m runtime chat {shown([model])} --lora {shown([target])}")
 
 
-def merge(recipe: Path, *, asked_type: str | None, as_json: bool) -> None:
-    """``inv merge RECIPE``: the merged model's file and how far it is from base and adapter, on stdout."""
-    training = look_up(recipe)
-    made = merged(training, asked_type)
+def merge(source: Path, *, base: str | None, output: str | None, asked_type: str | None, as_json: bool) -> None:
+    """``inv merge RECIPE``, or ``ADAPTER --base BASE``: the file made and how far it is from both, on stdout."""
+    if base:
+        made = _merge_files(_typed_path(str(source)), _typed_path(base), output, asked_type)
+    elif source.suffix == ".gguf":
+        raise UsageError(f"{source} is no recipe", hint=f"`./inv merge {shown([source])} --base MODEL.gguf`")
+    elif output:
+        raise UsageError("--output belongs to --base", hint="a recipe's results go to models/NAME/")
+    else:
+        made = merged(look_up(source), asked_type)
     if as_json:
-        console.answer_json(report.merged_json(training, made))
+        console.answer_json(report.merged_json(made))
         return
     console.answer_table(*report.merged_table(made))
     console.answer(f"use it: python -m runtime chat {shown([made.path])}")
@@ -129,6 +138,17 @@ _NAMED: Mapping[Form, Callable[[Path], str]] = {
     "from-peft": lambda source: f"{source.name}.gguf",
     "to-peft": lambda source: f"{source.stem}-peft",
 }
+
+
+def _merge_files(adapter: Path, base: Path, output: str | None, asked_type: str | None) -> MergedModel:
+    from toolchain.lora.forms.merge_files import merge_file
+
+    for path in (adapter, base):
+        if not path.exists():
+            raise UsageError(f"there is no {path}", hint="`./inv merge ADAPTER.gguf --base MODEL.gguf`")
+    text = text_file(BUILTIN_CORPUS, adapter.parent)
+    target = _typed_path(output) if output else None
+    return merge_file(adapter, base, target, text=text, toolchain=ensure_current(), type=asked_type)
 
 
 def _typed_path(typed: str) -> Path:
