@@ -87,6 +87,10 @@ def make_dataset(path: Path, base: Path, train: Rows, held: Rows) -> Path:
     return path
 
 
+ALL_LINEAR = ("attn_k", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_up")
+"""Of Llama and those that are built like it."""
+
+
 def train_spec(base: Path, dataset: Path, run_dir: Path, lib_dir: Path, **changes: Any) -> TrainSpec:
     """Eight small steps with dropout, a checkpoint after every third."""
     spec = TrainSpec(
@@ -97,7 +101,7 @@ def train_spec(base: Path, dataset: Path, run_dir: Path, lib_dir: Path, **change
         rank=4,
         alpha=8.0,
         dropout=0.1,
-        targets=("all-linear",),
+        targets=ALL_LINEAR,
         rslora=False,
         dora=False,
         n_ctx=24,

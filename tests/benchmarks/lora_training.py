@@ -8,6 +8,7 @@ tokens a step, float32. Each run is a process of its own, in turns:
 ``packed``    our engine on the Q4_K_M base, ``packed_q8`` on the Q8_0 base with as many KV heads as heads
 ``unpacked``  our engine on the Q4_K_M base, unpacked while it is loaded; ``unpacked_f16`` the same on the F16 base
 ``plain``     transformers' from_pretrained(gguf_file=F16), peft, the model's own loss, AdamW
+``packed_16`` and ``plain_16``: those two computing, and the latter keeping its base, in bfloat16
 ``ggml``      the trainer of 2023 on the Q8_0 base, by ``engine: ggml``
 
 Memory is the most that was in use beyond what the process had after its imports. The first step of a run is not timed.
@@ -27,17 +28,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks.loaded import THREADS, answer, interleaved, medians, ratio
 from toolchain.base import console
+from toolchain.base.gguf import read_header
 from toolchain.build.toolchain import Toolchain, current
 from toolchain.lora.data.prepare import DataRequest, Prepared, prepare_data
 from toolchain.lora.data.records import DataFile
 from toolchain.lora.engines import run_torch
 from toolchain.lora.spec import TrainSpec
+from toolchain.lora.targets import target_suffixes
 
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
 WIDTH, VOCABULARY, HEADS = 768, 32_000, 12
@@ -63,7 +66,7 @@ class Bench:
         self.peaks: dict[str, list[int]] = {}
         self.weights: dict[str, int] = {}
 
-    def spec(self, base: Path, *, packed: bool) -> TrainSpec:
+    def spec(self, base: Path, *, packed: bool, dtype: Literal["float32", "bfloat16"] = "float32") -> TrainSpec:
         run_dir = self.folder / "run"
         run_dir.mkdir(exist_ok=True)
         return TrainSpec(
@@ -74,7 +77,7 @@ class Bench:
             rank=RANK,
             alpha=ALPHA,
             dropout=0.0,
-            targets=("all-linear",),
+            targets=target_suffixes([read_header(base)], "all-linear"),
             rslora=False,
             dora=False,
             n_ctx=self.asked.n_ctx,
@@ -90,22 +93,24 @@ class Bench:
             checkpoint_steps=1000,
             gradient_checkpointing=self.asked.checkpointing,
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
             n_threads=THREADS,
             packed=packed,
             probe_steps=self.asked.steps + 1,
         )
 
-    def ours(self, name: str, base: Path, *, packed: bool = True) -> float:
-        spec = self.spec(base, packed=packed)
+    def ours(
+        self, name: str, base: Path, *, packed: bool = True, dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> float:
+        spec = self.spec(base, packed=packed, dtype=dtype)
         done = run_torch(spec, processes=1, what=name, log=self.folder / "log", on_line=lambda _: None)
         self.peaks.setdefault(name, []).append(done.peak_bytes)
         self.weights[name] = done.weight_bytes
         return done.tokens_per_second
 
-    def plain(self) -> float:
-        done = self.child("plain", self.spec(self.bases.f16, packed=False))
-        self.peaks.setdefault("plain", []).append(int(done["peak_bytes"]))
+    def plain(self, name: str, dtype: Literal["float32", "bfloat16"]) -> float:
+        done = self.child("plain", self.spec(self.bases.f16, packed=False, dtype=dtype))
+        self.peaks.setdefault(name, []).append(int(done["peak_bytes"]))
         return float(done["tokens_per_second"])
 
     def ggml(self) -> float:
@@ -190,7 +195,9 @@ def measure(bench: Bench) -> int:
         "packed": lambda: bench.ours("packed", made.q4),
         "unpacked": lambda: bench.ours("unpacked", made.q4, packed=False),
         "unpacked_f16": lambda: bench.ours("unpacked_f16", made.f16, packed=False),
-        "plain": bench.plain,
+        "plain": lambda: bench.plain("plain", "float32"),
+        "packed_16": lambda: bench.ours("packed_16", made.q4, dtype="bfloat16"),
+        "plain_16": lambda: bench.plain("plain_16", "bfloat16"),
     }
     if not bench.asked.without_ggml:
         runs |= {"packed_q8": lambda: bench.ours("packed_q8", made.q8), "ggml": bench.ggml}
@@ -206,9 +213,11 @@ def measure(bench: Bench) -> int:
         "weights_of_file": {name: round(bench.weights[name] / q4_bytes, 4) for name in ("packed", "unpacked")},
         "peak_mib": {name: round(peak / 2**20, 1) for name, peak in peaks.items()},
         "peak_of_plain": round(peaks["packed"] / peaks["plain"], 4),
+        "peak_16_of_plain_16": round(peaks["packed_16"] / peaks["plain_16"], 4),
         "peak_of_unpacked_f16": round(peaks["packed"] / peaks["unpacked_f16"], 4),
         "speed_of_unpacked": ratio(speeds, "packed", "unpacked"),
         "speed_of_plain": ratio(speeds, "packed", "plain"),
+        "speed_16_of_plain_16": ratio(speeds, "packed_16", "plain_16"),
         "largest_gradient_difference": bench.gradients(),
     }
     if "ggml" in speeds:
@@ -222,9 +231,11 @@ def show(figures: Mapping[str, Any]) -> None:
         ("weights in memory / file", figures["weights_of_file"]["packed"], "<= 1.15"),
         ("unpacked, the same", figures["weights_of_file"]["unpacked"], "about 7"),
         ("peak / transformers and peft on F16", figures["peak_of_plain"], "<= 0.6"),
+        ("the same, both in bfloat16", figures["peak_16_of_plain_16"], ""),
         ("peak / unpacked F16 in our engine", figures["peak_of_unpacked_f16"], ""),
         ("tokens/s / unpacked", figures["speed_of_unpacked"], ">= 0.85"),
         ("tokens/s / transformers and peft on F16", figures["speed_of_plain"], ""),
+        ("the same, both in bfloat16", figures["speed_16_of_plain_16"], ""),
         ("tokens/s / the trainer of 2023, Q8_0", figures.get("speed_of_ggml", "not run"), ">= 3"),
         ("largest relative gradient difference", figures["largest_gradient_difference"], "<= 1e-5"),
     ]
@@ -273,7 +284,9 @@ def plain_child(spec: TrainSpec) -> int:
     torch.set_num_threads(spec.n_threads)
     watch, base = MemoryWatch("cpu"), Path(spec.base[0])
     rows = torch.from_numpy(read_dataset(Path(spec.dataset)).train.ids).long()
-    model = AutoModelForCausalLM.from_pretrained(str(base.parent), gguf_file=base.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(base.parent), gguf_file=base.name, dtype=getattr(torch, spec.dtype)
+    )
     model = get_peft_model(model, LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules="all-linear"))
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,14 @@ ALTERNATING = (
     "{{ raise_exception('roles must alternate') }}{% endif %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_stack_limit() -> Iterator[None]:
+    """Here the library is loaded as the child loads it, with a deep stack; later tests' children must not inherit it."""
+    before = resource.getrlimit(resource.RLIMIT_STACK)
+    yield
+    resource.setrlimit(resource.RLIMIT_STACK, before)
 
 
 def said(*contents: str, system: str = "") -> list[dict[str, str]]:

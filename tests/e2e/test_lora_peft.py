@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.test_lora_merge import small_adapter
 from tests.generated_models import Family, write_model
+from tests.lora_runs import ALL_LINEAR
 from tests.unit.test_lora_adapter import adapter_for, same
 from toolchain.base import files
 from toolchain.base.errors import ArtifactError, CommandError, FoundryError, UsageError
@@ -126,7 +127,7 @@ def test_what_peft_trains_is_one_adapter_in_either_form(
     from toolchain.lora.torch_engine.load import load_base
 
     unused: dict[str, Any] = dict.fromkeys(TrainSpec.__dataclass_fields__, 0)
-    asked = {"base": [str(demo_gguf)], "targets": ["all-linear"], "rank": 4, "alpha": 8.0, "dropout": 0.0, "seed": 1}
+    asked = {"base": [str(demo_gguf)], "targets": ALL_LINEAR, "rank": 4, "alpha": 8.0, "dropout": 0.0, "seed": 1}
     spec = TrainSpec.from_json({**unused, **asked, "rslora": rslora})
     adapted = adapt(load_base([demo_gguf], lib_dir=toolchain.lib_dir).model, spec)
     with torch.no_grad():

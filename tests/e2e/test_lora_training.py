@@ -23,6 +23,7 @@ from toolchain.build.toolchain import Toolchain
 from toolchain.lora.dataset_file import Rows, read_dataset, write_dataset
 from toolchain.lora.forms.adapter import read_adapter
 from toolchain.lora.spec import TrainOutcome, TrainSpec
+from toolchain.lora.targets import target_suffixes
 
 N_VOCAB, N_CTX = 512, 24
 
@@ -41,7 +42,8 @@ def prepared(
     train = train or counting_rows(12, N_CTX, n_vocab=N_VOCAB, seed=1)
     held = Rows(ids=train.ids[:4], labels=train.labels[:4], positions=train.positions[:4])
     dataset = make_dataset(folder / "data.npz", base, train, held)
-    return train_spec(base, dataset, folder / "run", toolchain.lib_dir, **changes)
+    targets = target_suffixes([read_header(base)], "all-linear")
+    return train_spec(base, dataset, folder / "run", toolchain.lib_dir, **{"targets": targets, **changes})
 
 
 def trained(spec: TrainSpec, *, processes: int = 1) -> tuple[list[dict[str, Any]], TrainOutcome]:
@@ -71,7 +73,7 @@ def beside(spec: TrainSpec, name: str, **changes: Any) -> TrainSpec:
         ("gemma2", {"dtype": "bfloat16"}),
         ("gemma3", {}),
         ("phi3", {}),
-        ("mixtral", {"targets": ("attention",)}),
+        ("mixtral", {}),
     ],
 )
 def test_the_library_computes_what_was_trained(

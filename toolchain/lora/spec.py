@@ -27,7 +27,7 @@ class TrainSpec:
     """Everything that the trained numbers depend on, and where to put them. Paths are absolute.
 
     ``rows`` of ``n_ctx`` tokens make one optimizer step, ``micro_rows`` of them are computed at once in each process.
-    ``targets`` are GGUF tensor suffixes (attn_q, ffn_down) or one of the recipe's words.
+    ``targets`` are suffixes of GGUF tensors (attn_q, ffn_down), see ``targets.py``.
     """
 
     base: tuple[str, ...]

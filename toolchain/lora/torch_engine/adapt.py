@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,13 +19,6 @@ from toolchain.lora.torch_engine.adapted import AdaptedLinear
 from toolchain.lora.torch_engine.packed import PackedLinear
 
 ADAPTER_NAME: Final = "default"
-WORDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "all-linear": ("attn_", "ffn_"),
-    "attention": ("attn_",),
-    "feed-forward": ("ffn_",),
-}
-"""How the GGUF names of the matrices that each word means begin."""
-_ROUTER: Final = "ffn_gate_inp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,27 +70,16 @@ def adapt(base: PreTrainedModel, spec: TrainSpec) -> Adapted:
     return Adapted(base=base, peft=adapted, parameters=dict(sorted(trained.items())))
 
 
-def choose(targets: Sequence[str], matrices: Sequence[_Matrix]) -> list[_Matrix]:
-    """The matrices that words, GGUF suffixes and transformers' names mean; never a router, unless it is named."""
-    chosen = set()
-    for target in targets:
-        begins = WORDS.get(target)
-        found = [
-            matrix
-            for matrix in matrices
-            if (begins and matrix.suffix.startswith(begins) and not matrix.suffix.startswith(_ROUTER))
-            or target in (matrix.suffix, matrix.short)
-        ]
-        if not found:
-            there = sorted({matrix.suffix for matrix in matrices})
-            near = difflib.get_close_matches(target, [*there, *{m.short for m in matrices}, *WORDS], n=1)
-            raise UsageError(
-                f"adapter.targets: this base has no linear layer {target}",
-                evidence=f"it has: {', '.join(there) or 'none'}",
-                hint=f"did you mean {near[0]}?" if near else f"name some of these, or one of {', '.join(WORDS)}",
-            )
-        chosen.update(found)
-    return [matrix for matrix in matrices if matrix in chosen]
+def choose(suffixes: Sequence[str], matrices: Sequence[_Matrix]) -> list[_Matrix]:
+    """The matrices with these suffixes; UsageError for one that no linear layer has."""
+    there = {matrix.suffix for matrix in matrices}
+    if unknown := sorted(set(suffixes) - there):
+        raise UsageError(
+            f"adapter.targets: this base has no linear layer {unknown[0]}",
+            evidence=f"it has: {', '.join(sorted(there)) or 'none'}",
+            hint="name some of these",
+        )
+    return [matrix for matrix in matrices if matrix.suffix in suffixes]
 
 
 def set_training(model: nn.Module, *, checkpointing: bool) -> None:
