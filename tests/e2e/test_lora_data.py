@@ -48,7 +48,7 @@ ALTERNATING = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_stack_limit() -> Iterator[None]:
-    """Here the library is loaded as the child loads it, with a deep stack; later tests' children must not inherit it."""
+    """The library is loaded as the child loads it, with a deep stack; children of later tests must not inherit it."""
     before = resource.getrlimit(resource.RLIMIT_STACK)
     yield
     resource.setrlimit(resource.RLIMIT_STACK, before)
