@@ -181,7 +181,7 @@ def train_spec(
         rank=adapter.rank,
         alpha=adapter.counted_alpha,
         dropout=adapter.dropout,
-        targets=(adapter.targets,) if isinstance(adapter.targets, str) else means.targets,
+        targets=means.targets,
         rslora=adapter.rslora,
         dora=adapter.dora,
         n_ctx=train.n_ctx,
