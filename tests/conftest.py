@@ -40,6 +40,14 @@ def toolchain(built: dict[str, Any]) -> Toolchain:
 
 
 @pytest.fixture(scope="session")
+def trainer() -> Toolchain:
+    """The trainer of 2023; it is compiled when that is not done."""
+    found = load(inv_json("build", "--legacy-finetune")["toolchain_id"])
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
 def demo(toolchain: Toolchain) -> dict[str, Any]:
     """What `inv quantize recipes/demo.yaml --json` answers; it makes the demo model when that is not done."""
     return inv_json("quantize", "recipes/demo.yaml")

@@ -1,11 +1,13 @@
-"""A machine described in words, for what depends on one."""
+"""A machine and a build described in words, for what depends on one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from toolchain.base.machine import Machine
+from toolchain.build.toolchain import Toolchain
 
 GIB = 1 << 30
 PLAIN = Machine(
@@ -25,3 +27,20 @@ PLAIN = Machine(
 def machine(**changes: Any) -> Machine:
     """Eight CPUs, 64 GiB, no GPU, but for ``changes``."""
     return replace(PLAIN, **changes)
+
+
+def toolchain(root: Path, **changes: Any) -> Toolchain:
+    """A build in ``root`` with nothing in it, but for ``changes``."""
+    plain = Toolchain(
+        id="described",
+        root=root,
+        commit="",
+        backends=("CPU",),
+        wheel_name="",
+        wheel_version="",
+        source="",
+        options=(),
+        compilers=(),
+        seconds=0.0,
+    )
+    return replace(plain, **changes)

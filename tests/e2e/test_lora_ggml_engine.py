@@ -22,7 +22,7 @@ from tests.front_door import LONG_S, inv_json
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import read_header
 from toolchain.build import ggla, legacy
-from toolchain.build.toolchain import Toolchain, load
+from toolchain.build.toolchain import Toolchain
 from toolchain.lora.forms.adapter import AdapterModel, read_adapter
 from toolchain.lora.forms.bridge import convert
 from toolchain.lora.ggml_engine.train import ADAPTER_FILE, Trained, train
@@ -45,13 +45,6 @@ DOMAIN = "".join(
     ]
 )
 STEPS = 40
-
-
-@pytest.fixture(scope="session")
-def trainer() -> Toolchain:
-    found = load(inv_json("build", "--legacy-finetune")["toolchain_id"])
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="session")

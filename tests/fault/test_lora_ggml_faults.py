@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.front_door import PATIENCE_S, ROOT, inv_json, on_small_disk
+from tests.front_door import PATIENCE_S, ROOT, on_small_disk
 from toolchain.build import legacy
-from toolchain.build.toolchain import Toolchain, load
+from toolchain.build.toolchain import Toolchain
 from toolchain.lora.ggml_engine.checkpoints import KEPT
 from toolchain.lora.ggml_engine.train import ADAPTER_FILE
 from toolchain.lora.spec import CHECKPOINTS, METRICS
@@ -45,13 +45,6 @@ except FoundryError as error:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-@pytest.fixture(scope="session")
-def trainer() -> Toolchain:
-    found = load(inv_json("build", "--legacy-finetune")["toolchain_id"])
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="session")

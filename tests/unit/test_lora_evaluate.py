@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from tests import described
 from tests.generated_models import write_header
 from toolchain.base import files
 from toolchain.base.errors import ArtifactError, CommandError, FoundryError, UsageError
-from toolchain.build.toolchain import Toolchain
 from toolchain.lora.judging import drift as drift_module
 from toolchain.lora.judging.drift import Drift, drift
 from toolchain.lora.judging.evaluate import SMALLEST_WINDOW, perplexity
@@ -73,18 +73,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.toolchain = Toolchain(
-            id="t",
-            root=folder,
-            commit="",
-            backends=(),
-            wheel_name="",
-            wheel_version="",
-            source="",
-            options=(),
-            compilers=(),
-            seconds=0,
-        )
+        self.toolchain = described.toolchain(folder)
         self.base = write_header(folder / "base.gguf", "llama", n_vocab=N_VOCAB, n_layer=1)
         self.other = write_header(folder / "other.gguf", "llama", n_vocab=N_VOCAB, n_layer=2)
         (folder / "bin").mkdir()

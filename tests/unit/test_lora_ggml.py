@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests import described
 from tests.generated_models import FAMILIES, Family, write_header, write_model
 from tests.ggla_files import Halves, write_ggla
 from toolchain.base.errors import ArtifactError, UsageError
 from toolchain.base.gguf import GgufHeader, MetadataValue, read_header
 from toolchain.base.tensor_hash import tensors_sha256
-from toolchain.build.toolchain import Toolchain
 from toolchain.lora.forms.adapter import read_adapter
 from toolchain.lora.forms.bridge import convert
 from toolchain.lora.ggml_engine.checkpoints import keep, resume
@@ -29,19 +29,7 @@ from toolchain.lora.recipe import LoraRecipe
 from toolchain.lora.spec import CHECKPOINTS, METRICS
 
 HEADS = 4
-TRAINER = Toolchain(
-    id="ac9ee6a-0",
-    root=Path("nowhere"),
-    commit="ac9ee6a",
-    backends=("CPU",),
-    wheel_name="",
-    wheel_version="",
-    source="",
-    options=(),
-    compilers=(),
-    seconds=0.0,
-    kind="trainer",
-)
+TRAINER = described.toolchain(Path("nowhere"), id="ac9ee6a-0", commit="ac9ee6a", kind="trainer")
 
 
 def recipe_of(**parts: dict[str, Any]) -> LoraRecipe:
